@@ -11,11 +11,12 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar, overload
 
 from prunectl.errors import UnknownName
 
-T = TypeVar("T", bound=Callable[..., Any])
+Entry = Callable[..., Any]
+T = TypeVar("T", bound=Entry)
 PACKAGE = Path(__file__).parent
 
 
@@ -29,15 +30,19 @@ def _entry_name(symbol: str) -> str:
     return canonical(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", symbol))
 
 
-class Registry(Generic[T]):
+class Registry:
     """The entries of one kind, defined in the modules `modules` below the package (`pruning/criteria.py`)."""
 
     def __init__(self, kind: str, *modules: str) -> None:
         self.kind = kind
         self._modules = modules
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, Entry] = {}
 
-    def register(self, entry: T | None = None, *, name: str | None = None) -> Any:
+    @overload
+    def register(self, entry: T, *, name: str | None = None) -> T: ...
+    @overload
+    def register(self, *, name: str) -> Callable[[T], T]: ...
+    def register(self, entry: Entry | None = None, *, name: str | None = None) -> Any:
         """Decorator, bare or with an explicit name."""
         if entry is None:
             return lambda e: self.register(e, name=name)
@@ -55,7 +60,7 @@ class Registry(Generic[T]):
     def __contains__(self, name: str) -> bool:
         return canonical(name) in self.help()
 
-    def get(self, name: str, *, hint: str = "") -> T:
+    def get(self, name: str, *, hint: str = "") -> Entry:
         """The entry called `name`. Raises UnknownName with the nearest names."""
         self._import()
         try:

@@ -1,0 +1,136 @@
+"""What a plan will cost before anything is cut, and the plan that meets a cost asked for.
+
+A layer's MACs and weights are proportional to its outputs times its inputs, so the cost of any plan is exact arithmetic
+on the dense network's per-layer counts. `meet` searches the sparsity for a share of the dense cost, then moves single
+channel blocks until the share is within the tolerance, or refuses with what can be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from prunectl.errors import Unsatisfiable
+from prunectl.pruning import cost
+from prunectl.pruning.surgery import Dropped, Graph
+
+Plan = dict[str, list[int]]
+TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class _Layer:
+    macs: int
+    weight: int  # entries that shrink with outputs and inputs
+    vector: int  # entries that shrink with outputs only: biases, norm scales
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Exact parameters and MACs of `model` under any plan, from one forward pass of the dense network."""
+
+    layers: Mapping[str, _Layer]
+    fixed_params: int
+    touches: Mapping[str, tuple[tuple[str, bool, int], ...]]  # group -> (layer, its outputs?, layer channels a group channel)
+    other_macs: int
+
+    @classmethod
+    def of(cls, model: nn.Module, graph: Graph, input_shape: tuple[int, int, int]) -> CostModel:
+        macs = cost.layer_macs(model, input_shape)
+        total = cost.count(model, input_shape)
+        layers, counted = {}, 0
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                weight, bias = module.weight, module.bias
+                inputs = weight.shape[1] if getattr(module, "groups", 1) == 1 else 0
+                layers[name] = _Layer(macs.get(name, 0), weight.numel(), 0 if bias is None else bias.numel(), weight.shape[0], inputs)
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
+                numel = sum(p.numel() for p in module.parameters(recurse=False))
+                layers[name] = _Layer(0, 0, numel, numel // max(1, len(list(module.parameters(recurse=False)))), 0)
+        counted = sum(layer.weight + layer.vector for layer in layers.values())
+        touches = {
+            g.name: tuple(
+                (m.layer, m.out or layers[m.layer].inputs == 0, len(m.index) // g.channels) for m in g.members if m.layer in layers
+            )
+            for g in graph.groups
+        }
+        return cls(layers, total.params - counted, touches, total.macs - sum(layer.macs for layer in layers.values()))
+
+    def predict(self, dropped: Mapping[str, int]) -> cost.Cost:
+        """Cost when group -> number of channels go."""
+        out_gone: dict[str, int] = dict.fromkeys(self.layers, 0)
+        in_gone: dict[str, int] = dict.fromkeys(self.layers, 0)
+        for group, n in dropped.items():
+            for member, is_out, times in self.touches[group]:
+                (out_gone if is_out else in_gone)[member] += n * times
+        params, macs = self.fixed_params, self.other_macs
+        for name, layer in self.layers.items():
+            out = layer.outputs - out_gone[name]
+            share_in = (layer.inputs - in_gone[name]) / layer.inputs if layer.inputs else 1.0
+            macs += round(layer.macs * out / layer.outputs * share_in) if layer.outputs else 0
+            params += round((layer.weight * share_in + layer.vector) * out / layer.outputs) if layer.outputs else 0
+        return cost.Cost(params, macs)
+
+
+def meet(
+    allocate: Callable[[float, int], Plan],
+    order: Mapping[str, list[int]],
+    model: CostModel,
+    *,
+    metric: str,
+    target: float,
+    rounds: tuple[int, ...],
+    floors: Mapping[str, int],
+) -> tuple[Plan, int]:
+    """A plan whose `metric` ("macs" or "params") is `target` times the dense one within 2 %, and the rounding it took.
+
+    allocate(sparsity, round_to) gives a plan; order: group -> all its channels, lowest score first; floors: group ->
+    channels it keeps at least; rounds: multiples to try, coarsest first. Raises Unsatisfiable with the range."""
+    dense = getattr(model.predict({}), metric)
+
+    def share(plan: Mapping[str, int]) -> float:
+        return float(getattr(model.predict(plan), metric)) / dense
+
+    for round_to in rounds:
+        low, high = 0.0, 1.0  # share is non-increasing in the sparsity
+        for _ in range(24):
+            middle = (low + high) / 2
+            if share(_sizes(allocate(middle, round_to))) > target:
+                low = middle
+            else:
+                high = middle
+        plan = {g: len(d) for g, d in allocate(low, round_to).items()}
+        plan = _refine(plan, order, share, target, round_to, floors)
+        if abs(share(plan) - target) <= TOLERANCE * target:
+            return {g: sorted(order[g][:n]) for g, n in plan.items()}, round_to
+    smallest = share(_sizes(allocate(1.0, rounds[-1])))
+    raise Unsatisfiable(
+        f"--target-{metric} {target:g} cannot be met within 2 %: this network can go from 1 down to {smallest:.3f} of its dense {metric}"
+        + (f" with widths in multiples of {rounds[-1]}; try --round-to 1" if rounds[-1] > 1 and target >= smallest else "")
+    )
+
+
+def _refine(
+    plan: dict[str, int],
+    order: Mapping[str, list[int]],
+    share: Callable[[Mapping[str, int]], float],
+    target: float,
+    step: int,
+    floors: Mapping[str, int],
+) -> dict[str, int]:
+    """Greedy single-block moves, each the one that lands nearest the target, until none comes nearer."""
+    error = abs(share(plan) - target)
+    while error > TOLERANCE / 4 * target:
+        moves = [{**plan, g: n + s} for g, n in plan.items() for s in (step, -step) if 0 <= n + s <= len(order[g]) - floors[g]]
+        best = min(moves, key=lambda p: abs(share(p) - target), default=plan)
+        if abs(share(best) - target) >= error:
+            return plan
+        plan, error = best, abs(share(best) - target)
+    return plan
+
+
+def _sizes(plan: Dropped) -> dict[str, int]:
+    return {group: len(channels) for group, channels in plan.items()}
