@@ -1,0 +1,44 @@
+"""Small data sets: all images in memory as uint8, a batch made by array operations without a loop over images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from prunectl.data.dataset import Augmentation, Batch, Request, View
+from prunectl.data.draws import Index, Stream, integers, uniforms
+from prunectl.data.images import Pixels, mirrored, shifted
+from prunectl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class MemoryPool:
+    """images: uint8 (N, C, S, S); labels: int64 (N,)."""
+
+    images: Pixels
+    labels: Index
+
+    def crops(self, index: Index, augmentation: Augmentation | None) -> Pixels:
+        return crop_flip(self.images[index], index, augmentation)
+
+
+def crop_flip(images: Pixels, index: Index, augmentation: Augmentation | None) -> Pixels:
+    """The images (N, C, S, S) of the pool's positions `index`, shifted by up to S/8 pixels and mirrored half the time.
+
+    The standard CIFAR augmentation (He et al., CVPR 2016, Sec. 4.2: 4 pixels at 32), `crop` without the mirror.
+    Raises UsageError for `imagenet`, which needs photos larger than what the network sees."""
+    if augmentation is None or augmentation.policy == "none":
+        return images
+    if augmentation.policy == "imagenet":
+        raise UsageError("data.augment = imagenet needs a data set of photos: use crop-flip, crop or none.")
+    key = (augmentation.seed, augmentation.epoch)
+    padding = (images.shape[-1] + 4) // 8
+    dy = integers((Stream.SHIFT_Y, *key), index, 2 * padding + 1)
+    dx = integers((Stream.SHIFT_X, *key), index, 2 * padding + 1)
+    moved = shifted(images, dy, dx, padding)
+    return moved if augmentation.policy == "crop" else mirrored(moved, uniforms((Stream.FLIP, *key), index) < 0.5)
+
+
+def in_process(view: View, requests: Sequence[Request]) -> Iterator[Batch]:
+    """The batches, each made when it is asked for."""
+    return (view[request] for request in requests)

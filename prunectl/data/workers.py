@@ -1,0 +1,88 @@
+"""Batches made by worker processes ahead of time: torch's DataLoader, fed with requests instead of indices.
+
+A set of workers stays alive between epochs and serves any split; a second stream that starts while the first is still
+running gets its own. A DataMissing crosses the process boundary as its sentence, not as a traceback."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from prunectl.data.dataset import Batch, Request, View
+from prunectl.errors import DataMissing, UsageError
+
+MAX_DEFAULT_WORKERS = 8
+
+
+def default_workers() -> int:
+    """One worker for each CPU this process may use, at most eight, shared between the processes of one torchrun."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(share, MAX_DEFAULT_WORKERS))
+
+
+class _Guarded(TorchDataset[Any]):
+    """The view, with DataMissing returned instead of raised: torch would wrap it into a page of traceback."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def __getitem__(self, request: Request) -> Batch | str:
+        try:
+            return self.view[request]
+        except DataMissing as missing:
+            return str(missing)
+
+
+class WorkerStream:
+    """requests -> batches, in order, made by `workers` processes that are started when first needed."""
+
+    def __init__(self, view: View, workers: int) -> None:
+        self._view = view
+        self._workers = workers
+        self._idle: list[tuple[DataLoader[Any], list[Request]]] = []
+
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        loader, queue = self._idle.pop() if self._idle else self._start()
+        queue[:] = requests
+        try:
+            for made in loader:
+                if isinstance(made, str):
+                    raise DataMissing(made)
+                yield made
+        except RuntimeError as problem:
+            if "DataLoader worker" not in str(problem):
+                raise
+            raise UsageError(
+                "a data-loading process died, most often for want of memory or shared memory: "
+                "set data.workers=0, or give the container more (docker run --shm-size=8g)."
+            ) from problem
+        self._idle.append((loader, queue))
+
+    def _start(self) -> tuple[DataLoader[Any], list[Request]]:
+        queue: list[Request] = []
+        loader = DataLoader(
+            _Guarded(self._view),
+            batch_size=None,  # a request already is a batch
+            sampler=queue,
+            num_workers=self._workers,
+            persistent_workers=True,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),  # without one, DataLoader draws from the global generator
+        )
+        return loader, queue
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
+
+
+def _leave_interrupts_to_the_parent(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
