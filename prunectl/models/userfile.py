@@ -1,0 +1,94 @@
+"""A user's own network: path/to/file.py:function, called with the arguments that it takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunectl.errors import PrunectlError, UnknownName, UsageError
+
+
+def build(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """What `function` of `file.py:function` returns, given those of `arguments` that it names.
+
+    Raises UsageError with file and line for whatever goes wrong inside the file."""
+    file, _, function_name = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UsageError(f"model '{name}': there is no file {file}; a relative path starts at the folder you are in, {Path.cwd()}")
+    with blamed_on(path), _importing_from(path.parent):
+        function = _function(path, function_name)
+        model = function(**_accepted(function, arguments, name))
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model '{name}': {function_name} returned {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+@contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """Turns any error raised inside into one UsageError that names the last line of `path` it came through."""
+    try:
+        yield
+    except PrunectlError:
+        raise
+    except Exception as error:
+        place = ":".join([str(path), *_lines(error, path)[-1:]])
+        raise UsageError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def _lines(error: Exception, path: Path) -> list[str]:
+    """The lines of `path` that the error came through, outermost first."""
+    source = str(path.absolute())
+    lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]
+    if isinstance(error, SyntaxError) and error.filename == source:
+        lines.append(str(error.lineno))
+    return lines
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """The file may import its neighbours."""
+    before = list(sys.path)
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _function(path: Path, name: str) -> Callable[..., Any]:
+    module_name = f"prunectl_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    known: dict[str, Callable[..., Any]] = {
+        key: value for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+    }
+    if name not in known:
+        raise UnknownName(f"function in {path}", name, known)
+    return known[name]
+
+
+def _accepted(function: Callable[..., Any], arguments: dict[str, Any], name: str) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        named |= arguments.keys() - ({"width"} if arguments["width"] == 1 else set())
+    if required - arguments.keys():
+        raise UsageError(
+            f"model '{name}': its function requires {', '.join(sorted(required - arguments.keys()))}; it gets {', '.join(arguments)}"
+        )
+    if arguments["width"] != 1 and "width" not in named:
+        raise UsageError(f"model.width = {arguments['width']:g} with model '{name}': its function takes no `width`; leave it at 1")
+    return {key: value for key, value in arguments.items() if key in named}
