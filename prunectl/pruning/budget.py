@@ -20,6 +20,34 @@ TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What was asked for: share `value` of channels removed (metric "channels"), or of dense "macs" or "params" kept."""
+
+    metric: str
+    value: float
+
+    @property
+    def keeps(self) -> float:
+        return 1 - self.value if self.metric == "channels" else self.value
+
+    @property
+    def slack(self) -> float:
+        """Absolute tolerance: 2 % of the value asked for, and a quarter of a percent where that value is tiny."""
+        return max(TOLERANCE * self.value, 0.0025) if self.metric == "channels" else TOLERANCE * self.value
+
+    def refusal(self, smallest: float, round_to: int) -> str:
+        finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= smallest else ""
+        if self.metric == "channels":
+            return (
+                f"--sparsity {self.value:g} cannot be met within 2 %: at most {1 - smallest:.3f} of this network's channels can go{finer}"
+            )
+        return (
+            f"--target-{self.metric} {self.value:g} cannot be met within 2 %: "
+            f"this network can go from 1 down to {smallest:.3f} of its dense {self.metric}{finer}"
+        )
+
+
+@dataclass(frozen=True)
 class _Layer:
     macs: int
     weight: int  # entries that shrink with outputs and inputs
@@ -78,22 +106,18 @@ class CostModel:
 def meet(
     allocate: Callable[[float, int], Plan],
     order: Mapping[str, list[int]],
-    model: CostModel,
+    share: Callable[[Mapping[str, int]], float],
     *,
-    metric: str,
-    target: float,
+    budget: Budget,
     rounds: tuple[int, ...],
     floors: Mapping[str, int],
 ) -> tuple[Plan, int]:
-    """A plan whose `metric` ("macs" or "params") is `target` times the dense one within 2 %, and the rounding it took.
+    """A plan that meets `budget` within 2 %, and the multiple its widths were rounded to.
 
-    allocate(sparsity, round_to) gives a plan; order: group -> all its channels, lowest score first; floors: group ->
-    channels it keeps at least; rounds: multiples to try, coarsest first. Raises Unsatisfiable with the range."""
-    dense = getattr(model.predict({}), metric)
-
-    def share(plan: Mapping[str, int]) -> float:
-        return float(getattr(model.predict(plan), metric)) / dense
-
+    allocate(sparsity, round_to) gives a plan; order: group -> all its channels, lowest score first; share: group ->
+    number dropped -> the share of the budget's quantity that stays, falling as more goes; rounds: multiples to try,
+    coarsest first; floors: group -> channels it keeps at least. Raises Unsatisfiable with the range."""
+    target, slack = budget.keeps, budget.slack
     for round_to in rounds:
         low, high = 0.0, 1.0  # share is non-increasing in the sparsity
         for _ in range(24):
@@ -102,15 +126,12 @@ def meet(
                 low = middle
             else:
                 high = middle
-        plan = {g: len(d) for g, d in allocate(low, round_to).items()}
-        plan = _refine(plan, order, share, target, round_to, floors)
-        if abs(share(plan) - target) <= TOLERANCE * target:
+        plan = min((_sizes(allocate(s, round_to)) for s in (high, low)), key=lambda p: abs(share(p) - target))
+        plan = _refine(plan, order, share, target, slack, round_to, floors)
+        if abs(share(plan) - target) <= slack and any(plan.values()):
             return {g: sorted(order[g][:n]) for g, n in plan.items()}, round_to
     smallest = share(_sizes(allocate(1.0, rounds[-1])))
-    raise Unsatisfiable(
-        f"--target-{metric} {target:g} cannot be met within 2 %: this network can go from 1 down to {smallest:.3f} of its dense {metric}"
-        + (f" with widths in multiples of {rounds[-1]}; try --round-to 1" if rounds[-1] > 1 and target >= smallest else "")
-    )
+    raise Unsatisfiable(budget.refusal(smallest, rounds[-1]))
 
 
 def _refine(
@@ -118,12 +139,13 @@ def _refine(
     order: Mapping[str, list[int]],
     share: Callable[[Mapping[str, int]], float],
     target: float,
+    slack: float,
     step: int,
     floors: Mapping[str, int],
 ) -> dict[str, int]:
     """Greedy single-block moves, each the one that lands nearest the target, until none comes nearer."""
     error = abs(share(plan) - target)
-    while error > TOLERANCE / 4 * target:
+    while error > slack / 4:
         moves = [{**plan, g: n + s} for g, n in plan.items() for s in (step, -step) if 0 <= n + s <= len(order[g]) - floors[g]]
         best = min(moves, key=lambda p: abs(share(p) - target), default=plan)
         if abs(share(best) - target) >= error:

@@ -1,0 +1,354 @@
+"""The command line: parses, calls a workflow, prints. It imports no torch, so that help and lists come at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunectl import __version__
+from prunectl.errors import ExitStatus, PrunectlError, UnknownName, UsageError
+
+app = typer.Typer(
+    name="prunectl",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From data set to pruned, verified, measured image classifier on an edge board.\n\n"
+    "Start with `prunectl demo`, or `prunectl find-ticket resnet8 fashion-mini`.",
+)
+
+ParseError = typer.BadParameter.__mro__[2]  # ClickException: typer brings its own click or the system's, by version
+
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="a registered, torchvision or timm/NAME network, or file.py:function")]
+DataArg = Annotated[str, typer.Argument(metavar="DATASET", help="a registered data set, or a folder with train/ and val/")]
+RecipeOpt = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="settings; default: the shipped recipe, else defaults")]
+SetOpt = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting, e.g. train.lr=0.05 (repeatable)")
+]
+EpochsOpt = Annotated[int | None, typer.Option("--epochs", help="length of the schedule")]
+SeedOpt = Annotated[int | None, typer.Option("--seed")]
+DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
+PrecisionOpt = Annotated[str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16")]
+DataDirOpt = Annotated[Path | None, typer.Option("--data-dir", help="where data sets lie; else $PRUNECTL_DATA, else ~/.cache/prunectl")]
+OutOpt = Annotated[Path, typer.Option("--out", help="folder of the runs")]
+WorkersOpt = Annotated[int | None, typer.Option("--workers", help="processes that read image files")]
+ResumeOpt = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
+OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="start again, throwing the folder's run away")]
+DryRunOpt = Annotated[bool, typer.Option("--dry-run", help="show what would happen; write nothing")]
+PrintOpt = Annotated[bool, typer.Option("--print-recipe", help="print the resolved settings as YAML and stop")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, all else on stderr")]
+QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="errors and warnings only")]
+VerboseOpt = Annotated[int, typer.Option("--verbose", "-v", count=True, help="say more")]
+NoProgressOpt = Annotated[bool, typer.Option("--no-progress", help="no progress bars")]
+
+LISTS = {
+    "models": "network",
+    "datasets": "data set",
+    "criteria": "criterion",
+    "detectors": "detector",
+    "constraints": "constraint",
+    "devices": "device",
+    "profiles": "export profile",
+    "recipes": "recipe",
+}
+_MODULES = {
+    "criteria": "pruning/criteria.py",
+    "detectors": "pruning/detectors.py",
+    "constraints": "pruning/constraints.py",
+    "devices": "bench/devices.py",
+    "profiles": "export/profiles.py",
+}
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and stop", is_eager=True)] = False) -> None:
+    if version:
+        typer.echo(f"prunectl {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    model: ModelArg,
+    dataset: DataArg,
+    start: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="start from a ticket or a saved network")] = None,
+    recipe: RecipeOpt = None,
+    sets: SetOpt = None,
+    epochs: EpochsOpt = None,
+    seed: SeedOpt = None,
+    device: DeviceOpt = "auto",
+    precision: PrecisionOpt = None,
+    data_dir: DataDirOpt = None,
+    out: OutOpt = Path("runs"),
+    workers: WorkersOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    print_recipe: PrintOpt = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Train a dense or an already pruned network.
+
+    Example: prunectl train resnet18 fashion-mnist --epochs 20 --set model.width=0.25
+    """
+    overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": str(start) if start else None}
+    settings = _recipe("train", model, dataset, recipe, sets, overrides)
+    if print_recipe:
+        return typer.echo(settings.to_yaml(), nl=False)
+    ui, options = _ui(json, quiet, verbose, no_progress), _options(out, device, data_dir, workers, resume, overwrite)
+    if dry_run:
+        return _dry_run(settings, options, ui)
+    from prunectl.workflows import train as workflow
+
+    result = workflow.train(settings, options, ui)
+    workflow.show(result, ui)
+    ui.document(_absolute(result, out))
+
+
+@app.command("find-ticket")
+def find_ticket(
+    model: ModelArg,
+    dataset: DataArg,
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of channels removed (default 0.5)")] = None,
+    target_macs: Annotated[float | None, typer.Option("--target-macs", help="share of dense MACs kept")] = None,
+    target_params: Annotated[float | None, typer.Option("--target-params", help="share of dense parameters kept")] = None,
+    criterion: Annotated[str | None, typer.Option("--criterion", help="which channels go: see `prunectl list criteria`")] = None,
+    detector: Annotated[str | None, typer.Option("--detector", help="when to draw: spline, early-bird, epi, epoch:N")] = None,
+    scope: Annotated[str | None, typer.Option("--scope", help="layerwise or global")] = None,
+    eps: Annotated[float | None, typer.Option("--eps", help="distance below which the partition counts as settled")] = None,
+    window: Annotated[int | None, typer.Option("--window", help="how many past probes must be that near")] = None,
+    probe: Annotated[str | None, typer.Option("--probe", help="batch (training images) or canvas (a plane through two)")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="inherit, reinit or rewind:E")] = None,
+    merge: Annotated[bool | None, typer.Option("--merge/--no-merge", help="fold removed near-duplicates into their keepers")] = None,
+    round_to: Annotated[str | None, typer.Option("--round-to", help="auto, or a multiple for every width")] = None,
+    keep: Annotated[str | None, typer.Option("--keep", metavar="REGEX", help="layers that keep all channels")] = None,
+    search_only: Annotated[bool | None, typer.Option("--search-only", help="stop after the draw")] = None,
+    recipe: RecipeOpt = None,
+    sets: SetOpt = None,
+    epochs: EpochsOpt = None,
+    seed: SeedOpt = None,
+    device: DeviceOpt = "auto",
+    precision: PrecisionOpt = None,
+    data_dir: DataDirOpt = None,
+    out: OutOpt = Path("runs"),
+    workers: WorkersOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    print_recipe: PrintOpt = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Draw a spline early-bird ticket: search, prune for good, train on.
+
+    Example: prunectl find-ticket resnet50 imagenet --data-dir /data --target-macs 0.3
+    """
+    ticket = {
+        "sparsity": sparsity,
+        "target_macs": target_macs,
+        "target_params": target_params,
+        "criterion": criterion,
+        "detector": detector,
+        "scope": scope,
+        "eps": eps,
+        "window": window,
+        "probe": probe,
+        "weights": weights,
+        "merge": merge,
+        "round_to": int(round_to) if round_to and round_to.lstrip("-").isdigit() else round_to,
+        "keep": keep,
+        "search_only": search_only,
+    }
+    overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, **{f"ticket.{k}": v for k, v in ticket.items()}}
+    settings = _recipe("find-ticket", model, dataset, recipe, sets, overrides)
+    _check_names(settings)
+    if print_recipe:
+        return typer.echo(settings.to_yaml(), nl=False)
+    ui, options = _ui(json, quiet, verbose, no_progress), _options(out, device, data_dir, workers, resume, overwrite)
+    if dry_run:
+        return _dry_run(settings, options, ui)
+    from prunectl.workflows import find_ticket as workflow
+
+    result = workflow.find_ticket(settings, options, ui)
+    workflow.show(result, ui)
+    ui.document(_absolute(result, out))
+    if result["outcome"] == "not-found":
+        raise typer.Exit(ExitStatus.UNSATISFIABLE)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTS))] = None,
+    json: JsonOpt = False,
+) -> None:
+    """List what can be named: models, datasets, criteria, detectors, constraints, devices, profiles, recipes."""
+    if kind is not None and kind not in LISTS:
+        raise UnknownName("list", kind, LISTS)
+    found = {k: _entries(k) for k in ([kind] if kind else LISTS)}
+    if json:
+        return _ui(True, False, 0, True).document({"schema": 1, "verb": "list", **found})
+    for name, entries in found.items():
+        typer.echo(f"{name}:")
+        width = max(map(len, entries), default=0)
+        for entry, text in entries.items():
+            typer.echo(f"  {entry:<{width}}  {text}")
+    if kind in (None, "models"):
+        typer.echo("Any torchvision classification network works too, as do timm/NAME and file.py:function.")
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, or a folder with plan.json")] = Path("runs/latest"),
+    why: Annotated[str | None, typer.Option("--why", metavar="LAYER", help="why this layer has its width")] = None,
+    json: JsonOpt = False,
+) -> None:
+    """Show a run's network: widths before and after, parameters, MACs.
+
+    Example: prunectl show runs/latest --why layer3.0.conv1
+    """
+    ui = _ui(json, False, 0, True)
+    from prunectl.workflows import show as workflow
+
+    ui.document(workflow.show(path, ui, why=why))
+
+
+@app.command()
+def demo(
+    out: OutOpt = Path("runs"),
+    device: DeviceOpt = "auto",
+    overwrite: OverwriteOpt = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Run the whole loop on the embedded data set, in a few minutes and without a network connection."""
+    ui = _ui(json, quiet, verbose, no_progress)
+    from prunectl.workflows import demo as workflow
+
+    result = workflow.demo(_options(out, device, None, None, not overwrite, overwrite), ui)
+    workflow.show(result, ui)
+    ui.document(result)
+
+
+def main() -> None:
+    """Runs the command line and ends the process with the status that errors.py assigns."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        status = app(argv, prog_name="prunectl", standalone_mode=False)
+        return int(status or 0)
+    except typer.Exit as e:
+        return int(e.exit_code)
+    except ParseError as e:
+        return _complain(argv, e.format_message(), ExitStatus.USAGE)
+    except PrunectlError as e:
+        return _complain(argv, str(e), e.status)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain(argv, "interrupted", ExitStatus.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        return ExitStatus.OK
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _complain(argv, f"the disk is full{_place(e)}: free some space, then the same command with --resume", ExitStatus.USAGE)
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return _complain(argv, f"no permission to write{_place(e)}: choose another folder with --out", ExitStatus.USAGE)
+        return _unforeseen(argv, e)
+    except Exception as e:  # noqa: BLE001 - the one place that turns the unforeseen into a sentence
+        return _unforeseen(argv, e)
+
+
+def _unforeseen(argv: list[str], e: Exception) -> int:
+    if any(a in ("-v", "-vv", "--verbose") for a in argv):
+        import traceback
+
+        traceback.print_exc()
+    return _complain(argv, f"internal error, {type(e).__name__}: {e} (add -v for the traceback)", ExitStatus.INTERNAL)
+
+
+def _place(e: OSError) -> str:
+    return f" at {e.filename}" if e.filename else ""
+
+
+def _complain(argv: list[str], message: str, status: ExitStatus | int) -> int:
+    one_line = " ".join(message.split())
+    sys.stderr.write(f"error: {one_line}\n")
+    if "--json" in argv:
+        import json
+
+        sys.stdout.write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
+    return int(status)
+
+
+def _ui(json: bool, quiet: bool, verbose: int, no_progress: bool) -> Any:
+    from prunectl.console import Console
+
+    return Console(json=json, verbosity=-1 if quiet else verbose, progress=not no_progress)
+
+
+def _options(out: Path, device: str, data_dir: Path | None, workers: int | None, resume: bool, overwrite: bool) -> Any:
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run, --overwrite throws it away: give one of them")
+    from prunectl.workflows.session import Options
+
+    return Options(out=out, device=device, data_dir=data_dir, workers=workers, resume=resume, overwrite=overwrite)
+
+
+def _recipe(verb: str, model: str, dataset: str, file: Path | None, sets: list[str] | None, overrides: dict[str, Any]) -> Any:
+    from prunectl.recipe import resolve
+
+    given = {k: v for k, v in overrides.items() if v is not None}
+    return resolve(verb, model=model, dataset=dataset, file=file, overrides=given, sets=sets or [])
+
+
+def _check_names(settings: Any) -> None:
+    """Unknown criteria and detectors are refused before torch is loaded."""
+    for kind, name in (("criteria", settings.ticket.criterion), ("detectors", settings.ticket.detector.partition(":")[0])):
+        known = _entries(kind)
+        if name.replace("_", "-").lower() not in known:
+            raise UnknownName(LISTS[kind], name, known)
+
+
+def _dry_run(settings: Any, options: Any, ui: Any) -> None:
+    from prunectl.workflows.dry_run import dry_run
+
+    ui.document(dry_run(settings, options, ui))
+
+
+def _entries(kind: str) -> dict[str, str]:
+    if kind == "recipes":
+        from prunectl.recipe import known_recipes
+
+        return known_recipes()
+    if kind in _MODULES:
+        from prunectl.registry import Registry
+
+        return Registry(LISTS[kind], _MODULES[kind]).help()
+    if kind == "models":
+        from prunectl.models import models
+
+        return models.help()
+    from prunectl.data import datasets
+
+    return datasets.help()
+
+
+def _absolute(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The result with the paths of its run folder made absolute."""
+    run = (out / result["run"]).resolve()
+    paths = {k: str(run / v) for k, v in result.items() if k in ("ticket", "compact", "dense", "saved") and isinstance(v, str)}
+    return {**result, **paths, "run": str(run)}

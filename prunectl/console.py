@@ -1,0 +1,101 @@
+"""What a user sees: lines, tables and one progress bar, with a --json twin that keeps stdout for one document.
+
+Bars appear only on a terminal, and never under CI, NO_COLOR or TERM=dumb. Warnings are shown at once and kept, because
+every result carries them."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass
+class Console:
+    json: bool = False
+    verbosity: int = 0  # -1 quiet, 0 normal, 1 verbose
+    progress: bool = True
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from rich.console import Console as Rich
+
+        width = None if (sys.stderr if self.json else sys.stdout).isatty() else 140  # a file or a pipe has no width of its own
+        self._out = Rich(stderr=self.json, highlight=False, soft_wrap=True, width=width)
+        self._err = Rich(stderr=True, highlight=False, soft_wrap=True)
+        muted = any(os.environ.get(v) for v in ("CI", "NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        self.bars = self.progress and self.verbosity >= 0 and not muted and self._err.is_terminal and (self.json or sys.stdout.isatty())
+
+    def say(self, text: str) -> None:
+        if self.verbosity >= 0:
+            self._out.print(text, markup=False)
+
+    def detail(self, text: str) -> None:
+        if self.verbosity > 0:
+            self._out.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+            self._err.print(f"warning: {text}", markup=False, style="yellow")
+
+    def error(self, text: str) -> None:
+        self._err.print(f"error: {text}", markup=False, style="red")
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        """Columns after the first are right-aligned; None shows as a dash."""
+        if self.verbosity < 0:
+            return
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*("-" if cell is None else str(cell) for cell in row))
+        self._out.print(table, crop=False)
+
+    def track(self, items: Iterable[T], *, total: int, done: int = 0, label: str = "") -> Iterator[T]:
+        """`items`, with a bar and the time left while they last."""
+        if not self.bars:
+            yield from items
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._out, transient=True, refresh_per_second=4) as bar:
+            task = bar.add_task(label, total=total, completed=done)
+            for item in items:
+                bar.advance(task)
+                yield item
+
+    def document(self, value: dict[str, Any]) -> None:
+        """The one JSON document of --json on stdout."""
+        if self.json:
+            sys.stdout.write(jsonlib.dumps(value, indent=2) + "\n")
+            sys.stdout.flush()
+
+
+def si(value: float) -> str:
+    """12_345_678 as 12.3 M."""
+    for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"

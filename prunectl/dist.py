@@ -1,0 +1,49 @@
+"""torch.distributed behind four helpers. One process alone passes through all of them unchanged.
+
+`torchrun -m prunectl ...` sets RANK, WORLD_SIZE and LOCAL_RANK; every rank then runs the same workflow on its share of
+each batch, and only rank 0 writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def group(device: torch.device) -> Iterator[None]:
+    """The process group of a torchrun launch, for the block's duration; nothing for a single process."""
+    if world_size() == 1 or td.is_initialized():
+        yield
+        return
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        td.destroy_process_group()
+
+
+def summed(t: Tensor) -> Tensor:
+    """The sum of `t` over all ranks, on every rank."""
+    if world_size() > 1:
+        td.all_reduce(t)
+    return t
+
+
+def from_rank_0(model: nn.Module) -> None:
+    """Parameters and buffers of rank 0 on every rank: batch-norm statistics drift apart between synchronisations."""
+    if world_size() > 1:
+        for t in [*model.parameters(), *model.buffers()]:
+            td.broadcast(t.data, 0)

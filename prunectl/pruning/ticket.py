@@ -1,0 +1,116 @@
+"""Which channels a network loses to meet a budget: criterion, scope, floors and rounding put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunectl.errors import Unsatisfiable, VerificationFailed
+from prunectl.pruning import allocate
+from prunectl.pruning.budget import Budget, CostModel, meet
+from prunectl.pruning.channels import describe
+from prunectl.pruning.cost import Cost, count
+from prunectl.pruning.criteria import criteria
+from prunectl.pruning.surgery import Graph, analyse
+
+AUTO_ROUNDS = (8, 4, 2, 1)  # engines pad widths to multiples of 8; finer only where the budget needs it
+SCOPES = {"layerwise": allocate.layerwise, "global": allocate.globally}
+
+
+@dataclass(frozen=True)
+class TicketPlan:
+    """`dropped` channels of each group, and what it will cost; widths: group -> channels before and after.
+
+    exact: the cost before rounding to `round_to`, for the reader to see what rounding changed."""
+
+    dropped: dict[str, list[int]]
+    widths: dict[str, tuple[int, int]]
+    dense: Cost
+    cost: Cost
+    exact: Cost
+    round_to: int
+    budget: Budget
+    graph: Graph
+
+    @property
+    def channels_removed(self) -> float:
+        """Share of the prunable channels that go."""
+        return sum(len(d) for d in self.dropped.values()) / sum(before for before, _ in self.widths.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "budget": {"metric": self.budget.metric, "value": self.budget.value},
+            "round_to": self.round_to,
+            "channels_removed": self.channels_removed,
+            "widths": {name: list(pair) for name, pair in self.widths.items()},
+            "unrounded": {"params": self.exact.params, "macs": self.exact.macs},
+            "dropped": self.dropped,
+        }
+
+
+def plan_ticket(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    budget: Budget,
+    criterion: str = "spline",
+    scope: str = "layerwise",
+    round_to: int | None = None,
+    keep: str | None = None,
+    rho: float = 0.05,
+    seed: int = 0,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> TicketPlan:
+    """The plan that meets `budget` on `model` as it is now; the model is left alone.
+
+    example: (1, C, H, W). round_to: a multiple for every width, None for the coarsest of 8, 4, 2, 1 that meets the
+    budget. Raises Unsatisfiable when nothing can go or the budget cannot be met."""
+    graph = analyse(model, example)
+    free = allocate.prunable(graph, keep)
+    views = describe(model, graph, rho=rho, seed=seed, gradients=gradients)
+    score = criteria.get(criterion)
+    scores = {name: score(views[name]) for name in free}
+    order = {name: s.argsort(stable=True).tolist() for name, s in scores.items()}
+    costs = CostModel.of(model, graph, (example.shape[1], example.shape[2], example.shape[3]))
+    floors = {name: allocate.floor_of(width) for name, width in free.items()}
+    dense, total = costs.predict({}), sum(free.values())
+
+    def share(dropped: Mapping[str, int]) -> float:
+        if budget.metric == "channels":
+            return 1 - sum(dropped.values()) / total
+        return float(getattr(costs.predict(dropped), budget.metric) / getattr(dense, budget.metric))
+
+    def allocation(sparsity: float, multiple: int) -> dict[str, list[int]]:
+        return SCOPES[scope](scores, sparsity=sparsity, round_to=multiple)
+
+    rounds = AUTO_ROUNDS if round_to is None else (round_to,)
+    dropped, used = meet(allocation, order, share, budget=budget, rounds=rounds, floors=floors)
+    try:
+        unrounded, _ = meet(allocation, order, share, budget=budget, rounds=(1,), floors=floors)
+    except Unsatisfiable:
+        unrounded = dropped
+    return TicketPlan(
+        dropped={name: channels for name, channels in dropped.items() if channels},
+        widths={name: (width, width - len(dropped[name])) for name, width in free.items()},
+        dense=dense,
+        cost=costs.predict({name: len(channels) for name, channels in dropped.items()}),
+        exact=costs.predict({name: len(channels) for name, channels in unrounded.items()}),
+        round_to=used,
+        budget=budget,
+        graph=graph,
+    )
+
+
+def check_against_plan(plan: TicketPlan, module: nn.Module, input_shape: tuple[int, int, int]) -> Cost:
+    """The cost counted from the produced network. Raises VerificationFailed when it is not the plan's or nothing went."""
+    counted = count(module, input_shape)
+    if counted != plan.cost:
+        raise VerificationFailed(
+            f"the pruned network has {counted.params} parameters and {counted.macs} MACs, its plan {plan.cost.params} and {plan.cost.macs}"
+        )
+    if counted.params >= plan.dense.params:
+        raise Unsatisfiable("nothing was pruned: the network has as many parameters as before")
+    return counted

@@ -1,0 +1,133 @@
+"""A network as two files that need no pickle and no training code: plan.json and model.safetensors.
+
+The plan names the architecture, its factory arguments, and per pruning step the dropped channels of each group in the
+numbering of the network before that step; replayed, it gives the same module, and the weights fit bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunectl import models
+from prunectl.errors import CorruptFile, VerificationFailed
+from prunectl.files import sha256, write_json
+from prunectl.pruning import cost
+from prunectl.pruning.surgery import replay
+from prunectl.training.checkpoint import read_tensors, write_tensors
+
+PLAN, WEIGHTS = "plan.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class CompactModel:
+    """A read compact-model folder; `module()` rebuilds the network."""
+
+    path: Path
+    plan: dict[str, Any]
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        size = self.plan["model"]["image_size"]
+        return self.plan["model"]["in_channels"], size, size
+
+    def module(self) -> nn.Module:
+        """The network in eval mode on the CPU. Raises CorruptFile when weights and plan do not belong together."""
+        weights = self.path / WEIGHTS
+        if not weights.is_file():
+            raise CorruptFile(f"{self.path} has a {PLAN} but no {WEIGHTS}; write the model again")
+        if sha256(weights) != self.plan["weights_sha256"]:
+            raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}")
+        model = rebuild(self.plan["model"], self.plan["steps"])
+        try:
+            model.load_state_dict(read_tensors(weights))
+        except RuntimeError:
+            raise CorruptFile(f"{weights} does not fit the network that {self.path / PLAN} describes") from None
+        return model.eval()
+
+
+def rebuild(arguments: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> nn.Module:
+    """The architecture after its pruning steps, with fresh weights."""
+    model = models.build(**arguments)
+    return replay(model, [s["dropped"] for s in steps], example_input(arguments))
+
+
+def example_input(arguments: Mapping[str, Any]) -> Tensor:
+    size = arguments["image_size"]
+    return torch.zeros(1, arguments["in_channels"], size, size)
+
+
+def write(
+    folder: Path,
+    model: nn.Module,
+    *,
+    arguments: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    data: Mapping[str, Any],
+    parent: str,
+    weights: Mapping[str, Tensor] | None = None,
+) -> CompactModel:
+    """Writes `model` (or `weights` in its place) and reads it back.
+
+    Raises VerificationFailed when what comes back is not bit for bit the same network, or costs something else."""
+    state = dict(weights) if weights is not None else model.state_dict()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS, state)
+    size = arguments["image_size"]
+    shape = (arguments["in_channels"], size, size)
+    counted = cost.count(model, shape)
+    plan = {
+        "schema": 1,
+        "model": dict(arguments),
+        "steps": [dict(s) for s in steps],
+        "data": dict(data),
+        "params": counted.params,
+        "macs": counted.macs,
+        "parent": parent,
+        "weights_sha256": sha256(folder / WEIGHTS),
+    }
+    write_json(folder / PLAN, plan)
+    written = CompactModel(folder, plan)
+    back = written.module()
+    if cost.count(back, shape) != counted or any(not torch.equal(t, state[k].cpu()) for k, t in back.state_dict().items()):
+        raise VerificationFailed(f"{folder}: the network rebuilt from its plan is not the one that was saved")
+    return written
+
+
+def read(path: Path) -> CompactModel:
+    """The compact model in folder `path`. Raises CorruptFile."""
+    file = path / PLAN
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("model", "steps", "data", "weights_sha256"):
+            plan[key]
+    except FileNotFoundError:
+        raise CorruptFile(f"{path} is no saved model: it has no {PLAN}") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CorruptFile(f"{file} is damaged ({type(e).__name__}: {e}); write the model again") from None
+    return CompactModel(path, plan)
+
+
+def locate(path: Path) -> Path:
+    """The compact-model folder meant by `path`: itself, a file in it, or a run folder's final network."""
+    if not path.exists():
+        raise CorruptFile(f"there is no model at {path}")
+    if path.is_file() and path.name in (PLAN, WEIGHTS):
+        return path.parent
+    if path.is_file():
+        read_tensors(path)  # says so when it is a pickle
+        raise CorruptFile(f"{path} is no saved model: expected a run folder or a folder with {PLAN}")
+    for candidate in (path, path / "compact", path / "model", path / "dense"):
+        if (candidate / PLAN).is_file():
+            return candidate
+    raise CorruptFile(f"{path} holds no finished model: expected a finished run, or a folder with {PLAN}")
+
+
+def load(path: str | Path) -> nn.Module:
+    """The eval-mode network saved at `path` (a run, a compact-model folder, or a file in one), on the CPU."""
+    return read(locate(Path(path))).module()

@@ -1,0 +1,59 @@
+"""Optimizers by parameter name: how they are made, stored without pickle, and follow a surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+
+def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> SGD:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return SGD(parameters, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)
+
+
+def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Per-parameter state by "<parameter name>/<key>"; scalars become 0-d tensors of float64."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach()
+    return tensors
+
+
+def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `state_tensors` gave, on each parameter's device and layout."""
+    parameters = dict(model.named_parameters())
+    for full, value in tensors.items():
+        name, key = full.rsplit("/", 1)
+        p = parameters[name]
+        t = value.to(p.device)
+        if t.shape == p.shape:
+            t = t.to(memory_format=_layout(p))
+        optimizer.state[p][key] = t.clone(memory_format=_layout(p)) if t.shape == p.shape else t.clone()
+
+
+def momentum_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Momentum by parameter name, for what has one."""
+    found = {}
+    for name, p in model.named_parameters():
+        value = optimizer.state.get(p, {}).get("momentum_buffer")
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def set_momentum(model: nn.Module, optimizer: Optimizer, momentum: Mapping[str, Tensor]) -> None:
+    load_state_tensors(model, optimizer, {f"{name}/momentum_buffer": t for name, t in momentum.items()})
+
+
+def _layout(p: Tensor):  # type: ignore[no-untyped-def]
+    import torch
+
+    return (
+        torch.channels_last
+        if p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
+        else torch.contiguous_format
+    )

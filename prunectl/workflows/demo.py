@@ -1,0 +1,65 @@
+"""`prunectl demo`: the whole loop on the embedded data set, as one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunectl.console import Console, si
+from prunectl.recipe import resolve
+from prunectl.workflows.find_ticket import find_ticket
+from prunectl.workflows.session import Options
+from prunectl.workflows.train import train
+
+MODEL, DATASET = "resnet8", "fashion-mini"
+
+
+def demo(options: Options, ui: Console) -> dict[str, Any]:
+    """Trains resnet8 dense, then finds and trains its ticket on the same schedule; both runs resume."""
+    ui.say(f"1/2  prunectl train {MODEL} {DATASET}")
+    dense = train(resolve("train", model=MODEL, dataset=DATASET), options, ui)
+    ui.say(f"2/2  prunectl find-ticket {MODEL} {DATASET}")
+    ticket = find_ticket(resolve("find-ticket", model=MODEL, dataset=DATASET), options, ui)
+    return {
+        "schema": 1,
+        "verb": "demo",
+        "outcome": ticket["outcome"],
+        "train": dense,
+        "find_ticket": ticket,
+        "files": _files(options.out, dense, ticket),
+    }
+
+
+def _files(out: Path, dense: dict[str, Any], ticket: dict[str, Any]) -> dict[str, int | None]:
+    """Bytes of the saved networks."""
+    small = out / ticket["run"] / "compact" / "model.safetensors"
+    large = out / dense["run"] / "model" / "model.safetensors"
+    return {"dense": large.stat().st_size, "ticket": small.stat().st_size if small.is_file() else None}
+
+
+def show(result: dict[str, Any], ui: Console) -> None:
+    dense, ticket, files = result["train"], result["find_ticket"], result["files"]
+    found, a, flops = ticket["outcome"] == "found", ticket["accuracy"], ticket["training_flops"]
+
+    def two(value: float | None) -> str | None:
+        return None if value is None else f"{value:.2f}"
+
+    def pair(label: str, before: float, after: float | None) -> list[str | None]:
+        ratio = None if after is None else f"{after / before:.2f}"
+        return [label, si(before), None if after is None else si(after), ratio]
+
+    ui.table(
+        f"{MODEL} on {DATASET}: {dense['epochs']} epochs, ticket drawn after {ticket['found_epoch'] if found else 'none found'}",
+        ["", "dense", "ticket", "ticket/dense"],
+        [
+            ["validation at the draw, %", two(a["dense_at_draw"]), None, None],
+            ["  right after pruning, %", None, two(a["raw"]), None],
+            ["  batch norm re-calibrated, %", None, two(a["bn_recalibrated"]), None],
+            ["test at the end, %", two(dense["accuracy"]["top1"]), two(a["final"]), None],
+            pair("parameters", dense["params"], ticket["params"]["ticket"]),
+            pair("MACs an image", dense["macs"], ticket["macs"]["ticket"]),
+            pair("training FLOPs (search included)", flops["dense"], flops["spent"]),
+            pair("file, bytes", files["dense"], files["ticket"]),
+        ],
+    )
+    ui.say(f"runs: {dense['run']}, {ticket['run']}")

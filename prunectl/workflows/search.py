@@ -1,0 +1,123 @@
+"""The search for the moment to draw: every detector looks at every probe, one of them decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunectl.errors import UsageError
+from prunectl.pruning import cost, detectors
+from prunectl.pruning.detectors import Detector, Reading
+from prunectl.pruning.spline import canvas
+from prunectl.recipe import Ticket
+from prunectl.training.loop import Step
+from prunectl.workflows.session import Session
+
+DEFAULT_SPARSITY = 0.5  # of the mask detectors, when the budget is not a share of channels
+
+
+@dataclass
+class Search:
+    """Detectors by name, what each has read, and after which epochs each fired first.
+
+    `rewind`: weights of the epoch that --weights rewind:E names. `ticket`: the record of the drawn ticket, once drawn."""
+
+    deciding: str
+    watchers: dict[str, Detector]
+    probe: Tensor
+    per_epoch: int
+    not_before: float = 0.0
+    readings: dict[str, list[Reading]] = field(default_factory=dict)
+    fires_at: dict[str, float] = field(default_factory=dict)
+    rewind: dict[str, Tensor] = field(default_factory=dict)
+    ticket: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, session: Session, ticket: Ticket) -> Search:
+        settings = {k: v for k, v in (("eps", ticket.eps), ("window", ticket.window)) if v is not None}
+        name, options = detectors.parse(ticket.detector, **settings)
+        mask = {"sparsity": ticket.sparsity or DEFAULT_SPARSITY}
+        built: dict[str, dict[str, Any]] = {"spline": {"code": ticket.code}, "early-bird": mask, "epi": mask}
+        if name == "epi" and "eps" in options:
+            options["tau"] = 1 - options.pop("eps")  # one option for every detector: how far from perfectly settled is settled
+        built[name] = {**built.get(name, {}), **options}
+        watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
+        search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch)
+        try:
+            watchers["spline"].observe(0.0, session.state.model, search.probe[:1])
+        except UsageError:
+            if name == "spline":
+                raise
+            del watchers["spline"]  # a network without ReLUs: another detector decides
+        else:
+            watchers["spline"].restore({})
+        search.readings = {n: [] for n in watchers}
+        if ticket.weights.startswith("rewind:"):
+            search.not_before = float(ticket.weights[7:])
+        return search
+
+    def due(self, step: Step) -> bool:
+        """Whether this step is one of the epoch's evenly spaced probes; the epoch's last step always is."""
+        return step.index * self.per_epoch // step.of_epoch > (step.index - 1) * self.per_epoch // step.of_epoch
+
+    def look(self, session: Session, step: Step) -> bool:
+        """One probe of the network by every detector; True when the deciding one fires.
+
+        The masks change from epoch to epoch, so their detectors look once an epoch unless they decide."""
+        model = session.state.model
+        if step.summary and step.summary.epoch == self.not_before:
+            self.rewind = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        images = 0
+        fires = False
+        with session.place.autocast():
+            for name, watcher in self.watchers.items():
+                if name in ("early-bird", "epi") and name != self.deciding and not step.summary:
+                    continue
+                reading = watcher.observe(round(step.done, 6), model, self.probe)
+                images += len(self.probe) if name == "spline" else 0
+                self.readings[name].append(reading)
+                if reading.fires and step.done >= self.not_before:
+                    self.fires_at.setdefault(name, reading.epoch)
+                    fires = fires or name == self.deciding
+        session.spent_flops += cost.forward_flops(session.macs, images)
+        return fires
+
+    def record(self) -> dict[str, Any]:
+        return {
+            name: {
+                "fires_at": self.fires_at.get(name),
+                "distances": [{"epoch": r.epoch, "to": list(r.distances), "max": r.max} for r in rows],
+            }
+            for name, rows in self.readings.items()
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"{name}:{k}": v for name, w in self.watchers.items() for k, v in w.state().items()} if self.ticket is None else {}
+        tensors.update({f"rewind:{k}": v for k, v in self.rewind.items()} if self.ticket is None else {})
+        readings = {name: [[r.epoch, list(r.distances), r.fires] for r in rows] for name, rows in self.readings.items()}
+        return tensors, {"readings": readings, "fires_at": self.fires_at, "ticket": self.ticket}
+
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        for name, watcher in self.watchers.items():
+            watcher.restore(_named(tensors, name))
+        self.rewind = _named(tensors, "rewind")
+        self.readings = {name: [Reading(e, tuple(d), f) for e, d, f in rows] for name, rows in meta["readings"].items()}
+        self.fires_at, self.ticket = dict(meta["fires_at"]), meta["ticket"]
+
+
+def _named(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {k.partition(":")[2]: v for k, v in tensors.items() if k.partition(":")[0] == name}
+
+
+def _probe(session: Session, ticket: Ticket) -> Tensor:
+    """Fixed training images, the same at every probe and on every rank."""
+    if ticket.probe == "canvas":
+        (first, second), _ = session.data.sample(2, seed=session.recipe.seed)
+        side = max(2, round(ticket.probe_images**0.5))
+        return session.place.images(canvas(first, second, side=side))
+    images, _ = session.data.sample(ticket.probe_images, seed=session.recipe.seed)
+    return session.place.images(images.to(torch.float32))

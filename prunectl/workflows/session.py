@@ -1,0 +1,423 @@
+"""What every training verb shares: a run folder, data, a network, and epochs that are logged, checkpointed and resumable."""
+
+from __future__ import annotations
+
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from prunectl import __version__, data, dist, models
+from prunectl.console import Console
+from prunectl.data import Dataset
+from prunectl.errors import CorruptFile, Interrupted, UsageError
+from prunectl.files import write_json, write_text
+from prunectl.pruning import cost
+from prunectl.pruning.surgery import Dropped
+from prunectl.recipe import Recipe
+from prunectl.rundir import RunDir, discard_if_empty, opened, point_latest, read_jsonl
+from prunectl.training import checkpoint, compactmodel
+from prunectl.training.evaluate import Accuracy, accuracy
+from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, TrainState, steps
+from prunectl.training.optimizers import load_state_tensors, sgd, state_tensors
+from prunectl.training.precision import Placement, place
+from prunectl.training.schedule import learning_rate
+
+EVAL_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is given that does not decide its result."""
+
+    out: Path = Path("runs")
+    device: str = "auto"
+    data_dir: Path | None = None
+    workers: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+class Keeper(Protocol):
+    """A part of a workflow whose state goes into the checkpoints."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+    def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
+
+
+@dataclass
+class Session:
+    """One run in progress. `steps` is the pruning so far: dropped channels of each step, replayable."""
+
+    recipe: Recipe
+    run: RunDir
+    ui: Console
+    data: Dataset
+    place: Placement
+    arguments: dict[str, Any]
+    state: TrainState
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    macs: int = 0
+    spent_flops: int = 0
+    wall_before_s: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def wall_s(self) -> float:
+        return self.wall_before_s + time.monotonic() - self.started
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.data.info.channels, self.data.info.image_size, self.data.info.image_size
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Optimizer steps an epoch, and the images of one rank's batch: fewer than asked for when the data are fewer."""
+        size = min(self.recipe.train.batch_size, self.data.info.n_train // dist.world_size())
+        return self.data.train_steps(batch_size=size, world=dist.world_size()), size
+
+    @property
+    def dense_images(self) -> int:
+        """Training images that the whole schedule shows."""
+        per_epoch, size = self.batches
+        return per_epoch * size * dist.world_size() * self.recipe.train.epochs
+
+    def example(self) -> Tensor:
+        return torch.zeros(1, *self.input_shape)
+
+    def accuracy(self, split: str, model: nn.Module | None = None) -> Accuracy:
+        """On a whole split, of `model` or of the network as it would be saved (its average, where one is kept)."""
+        batches = self.data.eval_batches(split, batch_size=EVAL_BATCH, rank=dist.rank(), world=dist.world_size())
+        if model is not None or self.state.average is None:
+            return accuracy(model or self.state.model, batches, self.place)
+        with averaged(self.state):
+            return accuracy(self.state.model, batches, self.place)
+
+    def write_model(self, name: str, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> compactmodel.CompactModel | None:
+        """Saves a network as `name`/ in the run folder; rank 0 only."""
+        if dist.rank() != 0:
+            return None
+        return compactmodel.write(
+            self.run.path / name,
+            model,
+            arguments=self.arguments,
+            steps=self.steps,
+            data=self.data.info.to_dict(),
+            parent=self.run.path.name,
+            weights=weights,
+        )
+
+    def result(self, outcome: str, **fields: Any) -> dict[str, Any]:
+        """The record of a finished run, written last: with it the run is finished."""
+        record = {
+            "schema": 1,
+            "verb": self.recipe.verb,
+            "run": self.run.path.name,
+            "outcome": outcome,
+            "model": self.recipe.model.name,
+            "dataset": self.recipe.data.name,
+            "seed": self.recipe.seed,
+            "wall_s": round(self.wall_s, 3),
+            "versions": versions(),
+            **fields,
+            "warnings": list(self.ui.warnings),
+        }
+        if dist.rank() == 0:
+            write_json(self.run.result, record)
+        return record
+
+
+@contextmanager
+def run_folder(recipe: Recipe, options: Options) -> Iterator[RunDir]:
+    """The recipe's run folder, locked by rank 0."""
+    if dist.rank() != 0:
+        yield RunDir(options.out / recipe.run_name)
+        return
+    with opened(options.out, recipe.run_name, resume=options.resume, overwrite=options.overwrite) as run:
+        try:
+            yield run
+        finally:
+            discard_if_empty(run)  # refused before anything began: leave no folder behind
+
+
+def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> Session:
+    """Data, network and optimizer of a recipe, as new. Everything that can be refused is refused here."""
+    placement = place(options.device, recipe.train.precision)
+    summary = data.describe(recipe.data.name, data_dir=options.data_dir)
+    size = models.input_size(
+        recipe.model.name,
+        summary.image_size,
+        image_size=recipe.data.image_size,
+        in_channels=summary.channels,
+        num_classes=len(summary.classes),
+    )
+    if size.size != summary.image_size and not summary.photos:
+        how = {"pad": "padded", "resize": "resized"}[size.fit]
+        ui.say(f"images of {summary.image_size} pixels are {how} to {size.size} for {recipe.model.name}")
+    images = data.load(
+        recipe.data.name,
+        data_dir=options.data_dir,
+        image_size=size.size,
+        fit="pad" if size.fit == "none" else size.fit,
+        val_fraction=recipe.data.val_fraction,
+        train_images=recipe.data.train_images,
+        augment=recipe.data.augment,
+        workers=options.workers,
+    )
+    arguments: dict[str, Any] = {
+        "name": recipe.model.name,
+        "num_classes": len(images.info.classes),
+        "in_channels": images.info.channels,
+        "image_size": size.size,
+        "width": recipe.model.width,
+    }
+    pruned: list[dict[str, Any]] = []
+    if recipe.start:
+        arguments, pruned, model = _start(recipe, arguments)
+    else:
+        model = models.build(**arguments, seed=recipe.seed)
+    session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), steps=pruned)
+    adopt(session, model)
+    return session
+
+
+def record(session: Session) -> None:
+    """recipe.yaml and run.json: from here on the folder is a run."""
+    if dist.rank() != 0:
+        return
+    hard = hardware(session.place)
+    info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": _commit()}
+    write_json(session.run.info, info)
+    write_text(session.run.recipe, session.recipe.to_yaml())
+    point_latest(session.run)
+
+
+def adopt(session: Session, model: nn.Module) -> None:
+    """`model` becomes the network in training, with a fresh optimizer and average."""
+    t = session.recipe.train
+    placed = session.place.put(model)
+    session.state.model = placed
+    session.state.optimizer = sgd(placed, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov, weight_decay=t.weight_decay)
+    session.state.average = {k: v.detach().clone() for k, v in placed.state_dict().items()} if t.ema else None
+    session.macs = cost.count(placed, session.input_shape).macs
+    if session.place.autocast_dtype == torch.float16 and session.state.scaler is None:
+        session.state.scaler = torch.amp.GradScaler(session.place.device.type)
+
+
+def fit(session: Session, keeper: Keeper | None = None) -> Iterator[Step]:
+    """Trains to the end of the schedule from wherever the checkpoints are; the caller's `for` body acts between steps.
+
+    At the end of each epoch, after the body: validation accuracy, one line, metrics, a checkpoint. Ctrl-C and SIGTERM
+    end in Interrupted, a diverged loss in Diverged; both name the last checkpoint."""
+    s, t = session, session.recipe.train
+    record(s)
+    _resume(s, keeper)
+    if s.state.epoch == 0 and t.epochs:
+        _save(s, keeper)
+    per_epoch, size = s.batches if t.epochs else (1, 1)
+    warmup = min(0.5, t.warmup_epochs / max(1, t.epochs))
+
+    def rate(done: float) -> float:
+        return learning_rate(done, lr=t.lr, schedule=t.schedule, milestones=t.milestones, warmup=warmup)
+
+    objective = Objective(t.label_smoothing, t.l1_gammas, t.ema, t.distill)
+    running = steps(
+        s.state, s.data, s.place, rate, epochs=t.epochs, steps_per_epoch=per_epoch, batch_size=size, seed=s.recipe.seed, objective=objective
+    )
+    label = f"{s.recipe.model.name} on {s.data.info.name}"
+    try:
+        with dist.group(s.place.device), _sigterm_as_ctrl_c():
+            dist.from_rank_0(s.state.model)
+            for step in s.ui.track(running, total=per_epoch * t.epochs, done=per_epoch * s.state.epoch, label=label):
+                s.spent_flops += cost.training_flops(s.macs, step.images)
+                yield step
+                if step.summary:
+                    _end_of_epoch(s, step.summary, keeper)
+    except KeyboardInterrupt:
+        saved = f"everything up to epoch {_saved_epoch(s)} of {t.epochs} is saved"
+        raise Interrupted(f"interrupted: {saved} in {s.run.path}; go on with the same command and --resume") from None
+    except Diverged as e:
+        raise Diverged(f"{e}; the last good checkpoint is that of epoch {_saved_epoch(s)} in {s.run.checkpoints}") from None
+
+
+@contextmanager
+def averaged(state: TrainState) -> Iterator[None]:
+    """The averaged weights in the place of the trained ones, for the block."""
+    if state.average is None:
+        yield
+        return
+    trained = {k: v.detach().clone() for k, v in state.model.state_dict().items()}
+    state.model.load_state_dict(state.average)
+    try:
+        yield
+    finally:
+        state.model.load_state_dict(trained)
+
+
+def versions() -> dict[str, str]:
+    found = {"prunectl": __version__, "python": platform.python_version()}
+    for name in ("torch", "torchvision", "torch-pruning", "numpy", "onnx", "onnxruntime"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware(placement: Placement) -> dict[str, Any]:
+    cuda = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "precision": placement.name,
+        "channels_last": placement.channels_last,
+        "ranks": dist.world_size(),
+    }
+
+
+def training_images_per_s(rows: list[dict[str, Any]]) -> float | None:
+    """Median over epochs of images a second, training alone."""
+    rates = sorted(r["images_per_s"] for r in rows)
+    return rates[len(rates) // 2] if rates else None
+
+
+def _end_of_epoch(s: Session, summary: EpochSummary, keeper: Keeper | None) -> None:
+    dist.from_rank_0(s.state.model)
+    val = s.accuracy("val")
+    rate = summary.images / summary.seconds
+    s.rows.append(
+        {
+            "epoch": summary.epoch,
+            "train_loss": round(summary.loss, 5),
+            "train_top1": round(summary.train_top1, 3),
+            "val_loss": round(val.loss, 5),
+            "val_top1": round(val.top1, 3),
+            "lr": summary.lr,
+            "images_per_s": round(rate, 1),
+            "seconds": round(summary.seconds, 3),
+            "macs": s.macs,
+        }
+    )
+    s.ui.say(
+        f"epoch {summary.epoch:>3}/{s.recipe.train.epochs}  loss {summary.loss:.3f}  train {summary.train_top1:5.2f} %  "
+        f"val {val.top1:5.2f} %  lr {summary.lr:.4g}  {rate:.0f} images/s"
+    )
+    _save(s, keeper)
+
+
+def _save(s: Session, keeper: Keeper | None) -> None:
+    if dist.rank() != 0:
+        return
+    s.run.log(s.rows)
+    kept, kept_meta = keeper.state() if keeper else ({}, {})
+    tensors = {
+        **{f"model/{k}": v for k, v in s.state.model.state_dict().items()},
+        **{f"optimizer/{k}": v for k, v in state_tensors(s.state.model, s.state.optimizer).items()},
+        **{f"average/{k}": v for k, v in (s.state.average or {}).items()},
+        **{f"kept/{k}": v for k, v in kept.items()},
+    }
+    meta = {
+        "steps": s.steps,
+        "spent_flops": s.spent_flops,
+        "wall_s": s.wall_s,
+        "kept": kept_meta,
+        "scaler": s.state.scaler.state_dict() if s.state.scaler else None,
+    }
+    checkpoint.save(s.run.checkpoints, s.state.epoch, tensors, meta)
+
+
+def _resume(s: Session, keeper: Keeper | None) -> None:
+    """The newest whole checkpoint, where there is one: weights, pruning, momentum, average and the keeper's state."""
+    found, passed_over = checkpoint.newest(s.run.checkpoints)
+    for sentence in passed_over:
+        s.ui.warn(sentence)
+    if found is None:
+        return
+    s.steps = found.meta["steps"]
+    if s.steps:
+        adopt(s, compactmodel.rebuild(s.arguments, s.steps))
+    s.state.model.load_state_dict(found.section("model"))
+    load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
+    if s.state.average is not None:
+        s.state.average = {k: v.to(s.place.device) for k, v in found.section("average").items()}
+    if s.state.scaler is not None and found.meta["scaler"]:
+        s.state.scaler.load_state_dict(found.meta["scaler"])
+    if keeper:
+        keeper.restore(found.section("kept"), found.meta["kept"])
+    s.state.epoch, s.spent_flops, s.wall_before_s = found.epoch, found.meta["spent_flops"], found.meta["wall_s"]
+    s.rows = [r for r in read_jsonl(s.run.metrics) if r["epoch"] <= found.epoch]
+    s.ui.say(f"resumed {s.run.path} after epoch {found.epoch}")
+
+
+def _saved_epoch(s: Session) -> int:
+    found, _ = checkpoint.newest(s.run.checkpoints)
+    return found.epoch if found else 0
+
+
+def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[Dropped | Any], nn.Module]:
+    """Architecture, pruning and weights of `train --from`."""
+    saved = compactmodel.read(compactmodel.locate(Path(str(recipe.start))))
+    theirs = saved.plan["model"]
+    for key in ("name", "num_classes", "in_channels", "image_size"):
+        if theirs[key] != arguments[key]:
+            raise UsageError(
+                f"--from {recipe.start}: its {key} is {theirs[key]}, this run's {arguments[key]}; give the same model and data set"
+            )
+    try:
+        return dict(theirs), list(saved.plan["steps"]), saved.module()
+    except CorruptFile as e:
+        raise CorruptFile(f"--from {recipe.start}: {e}") from None
+
+
+def _nothing() -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.zeros(1)], lr=0.1)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """A batch system's SIGTERM ends a run as Ctrl-C does; only a main thread may set handlers."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _commit() -> str | None:
+    """The checkout's commit, where the package is run from one."""
+    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    try:
+        text = head.read_text(encoding="utf-8").strip()
+        return (head.parent / text[5:]).read_text(encoding="utf-8").strip() if text.startswith("ref: ") else text
+    except OSError:
+        return None

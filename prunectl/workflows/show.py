@@ -1,0 +1,72 @@
+"""`prunectl show`: what a run or a saved network holds, and why a layer shrank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prunectl.console import Console, si
+from prunectl.errors import RunFolderError, UnknownName, UsageError
+from prunectl.rundir import RunDir, read_json, read_jsonl
+from prunectl.training import compactmodel
+
+
+def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
+    """Prints and returns the layers of the network at `path`, or the reasons for one layer's width."""
+    if not path.exists():
+        raise RunFolderError(f"there is no run or saved network at {path}")
+    if why is not None:
+        return _why(path, why, ui)
+    run = RunDir(path)
+    if run.recipe.is_file() and not run.finished:
+        rows = read_jsonl(run.metrics)
+        last = f"epoch {rows[-1]['epoch']}, validation {rows[-1]['val_top1']:.2f} %" if rows else "no epoch finished"
+        ui.say(f"{path} is unfinished ({last}); go on with the same command and --resume")
+        return {"schema": 1, "verb": "show", "outcome": "unfinished", "path": str(path), "metrics": rows}
+    saved = compactmodel.read(compactmodel.locate(path))
+    after, before = saved.module(), compactmodel.rebuild(saved.plan["model"], [])
+    layers = []
+    for (name, old), (_, new) in zip(before.named_modules(), after.named_modules(), strict=True):
+        if hasattr(old, "weight") and getattr(old, "weight", None) is not None and old.weight.dim() > 1:
+            layers.append(
+                {"layer": name, "before": list(old.weight.shape[:2]), "after": list(new.weight.shape[:2]), "params": new.weight.numel()}
+            )
+    ui.table(
+        f"{saved.plan['model']['name']} in {saved.path}",
+        ["layer", "outputs x inputs before", "after", "parameters"],
+        [[r["layer"], "x".join(map(str, r["before"])), "x".join(map(str, r["after"])), si(r["params"])] for r in layers],
+    )
+    ui.say(f"parameters {saved.plan['params']:,}, MACs an image {saved.plan['macs']:,}, FLOPs {2 * saved.plan['macs']:,}")
+    result = {"schema": 1, "verb": "show", "outcome": "shown", "path": str(saved.path), "layers": layers}
+    result.update({k: saved.plan[k] for k in ("model", "params", "macs", "parent")})
+    if run.finished:
+        result["result"] = run.read_result()
+    return result
+
+
+def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
+    run = RunDir(path)
+    if not run.ticket.is_file():
+        raise UsageError(f"--why needs a finished find-ticket run; {path} has no ticket.json")
+    ticket = read_json(run.ticket)
+    groups = {name: members for name, members in ticket["members"].items() if layer in members}
+    if not groups:
+        raise UnknownName("layer", layer, sorted({m for members in ticket["members"].values() for m in members}))
+    answers = []
+    for name, members in groups.items():
+        width = ticket["widths"].get(name)
+        others = [m for m in members if m != layer]
+        if name in ticket["locked"]:
+            text = f"channels of {name} stay whole: {ticket['locked'][name]}"
+        elif width is None:
+            text = f"channels of {name} stay whole: at their floor, or protected by --keep"
+        else:
+            dropped = ticket["dropped"].get(name, [])
+            others_too = ", ".join(others) or "no other layer"
+            text = (
+                f"channels of {name}: {width[0]} -> {width[1]} by criterion {ticket['criterion']} ({ticket['scope']}, "
+                f"widths in multiples of {ticket['round_to']}); dropped {dropped or 'none'}; the same channels go from {others_too}"
+            )
+        ui.say(text)
+        answers.append({"group": name, "width": width, "members": members, "dropped": ticket["dropped"].get(name, []), "text": text})
+    return {"schema": 1, "verb": "show", "outcome": "explained", "path": str(path), "layer": layer, "groups": answers}
