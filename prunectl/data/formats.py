@@ -46,11 +46,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def read_idx_pair(images: Path, labels: Path) -> tuple[Pixels, Index]:
-    """The (N, 1, H, W) images of one IDX file with the labels of another."""
+def read_mnist_pair(images: Path, labels: Path) -> tuple[Pixels, Index]:
+    """The (N, 1, 28, 28) images of one IDX file with the labels of another."""
     pixels, classes = read_idx(images), read_idx(labels)
-    if pixels.ndim != 3:
-        raise damaged(images, f"has {pixels.ndim} dimensions where images have 3")
+    if pixels.ndim != 3 or pixels.shape[1:] != (28, 28):
+        raise damaged(images, f"holds an array of shape {pixels.shape} where N x 28 x 28 is expected")
     if classes.shape != pixels.shape[:1]:
         raise damaged(labels, f"has labels of shape {classes.shape} for {len(pixels)} images in {images.name}")
     return pixels[:, None], classes.astype(np.int64)
@@ -73,7 +73,7 @@ def member_reader(path: Path) -> Callable[[str], bytes]:
         return lambda name: _read(path / name)
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:gz") as tar:
             for member in tar:
                 if (file := tar.extractfile(member)) is not None:
                     contents[PurePosixPath(member.name).name] = file.read()

@@ -48,9 +48,10 @@ def _matrices(raw: bytes, order: str) -> Iterator[tuple[str, Array]]:
             yield from _matrices(zlib.decompress(data), order)
         elif kind == MATRIX:
             parts = list(_elements(data, order))
-            shape = np.frombuffer(parts[1][1], order + "i4")
-            stored, values = parts[3]
-            yield parts[2][1].decode("ascii"), np.frombuffer(values, order + STORED[stored]).reshape(shape, order="F")
+            (_, dims), (_, name), (stored, values) = parts[1:4]
+            if stored in STORED:  # text and cells are passed over
+                array = np.frombuffer(values, order + STORED[stored])
+                yield name.decode("ascii"), array.reshape(np.frombuffer(dims, order + "i4"), order="F")
 
 
 def _elements(raw: bytes, order: str) -> Iterator[tuple[int, bytes]]:

@@ -12,7 +12,7 @@ import numpy as np
 from prunectl.data.cifar_pickle import parse_cifar_pickle
 from prunectl.data.download import Remote, fetch
 from prunectl.data.draws import Index
-from prunectl.data.formats import damaged, member_reader, parse_cifar_binary, read_idx_pair
+from prunectl.data.formats import damaged, member_reader, parse_cifar_binary, read_mnist_pair
 from prunectl.data.images import Pixels
 from prunectl.data.matfile import read_mat
 from prunectl.data.memory import MemoryPool
@@ -46,7 +46,7 @@ def read_mnist(place: Place, torchvision_name: str, *elsewhere: Path) -> Raw:
         if missing := [kind for kind in kinds if not _idx_file(found, kind).exists()]:
             fetch(place.name, [_mnist_remote(torchvision_name, kind) for kind in missing], found)
     files = [_idx_file(found, kind) for kind in kinds]
-    return _in_memory(read_idx_pair(*files[:2]), read_idx_pair(*files[2:]))
+    return _in_memory(read_mnist_pair(*files[:2]), read_mnist_pair(*files[2:]))
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Batches made by worker processes ahead of time: torch's DataLoader, fed with requests instead of indices.
 
-A set of workers stays alive between epochs and serves any split; a second stream that starts while the first is still
-running gets its own. A DataMissing crosses the process boundary as its sentence, not as a traceback."""
+A set of workers stays alive between epochs and serves any split; a stream that starts while another is still running
+gets its own. A DataMissing crosses the process boundary as its sentence, not as a traceback."""
 
 from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -46,6 +47,10 @@ class WorkerStream:
         self._view = view
         self._workers = workers
         self._idle: list[tuple[DataLoader[Any], list[Request]]] = []
+        self._alive: list[DataLoader[Any]] = []
+        # A loader that dies in a cycle of garbage may find its queues closed before it can tell its workers to stop, and
+        # then waits five seconds for each. Held from here, by the list alone, loaders die one at a time and at once.
+        weakref.finalize(self, self._alive.clear)
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[Batch]:
         loader, queue = self._idle.pop() if self._idle else self._start()
@@ -55,14 +60,17 @@ class WorkerStream:
                 if isinstance(made, str):
                     raise DataMissing(made)
                 yield made
-        except RuntimeError as problem:
-            if "DataLoader worker" not in str(problem):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as problem:  # what a dead worker looks like
+            if isinstance(problem, RuntimeError) and "DataLoader worker" not in str(problem):
                 raise
+            self._alive.remove(loader)
             raise UsageError(
                 "a data-loading process died, most often for want of memory or shared memory: "
                 "set data.workers=0, or give the container more (docker run --shm-size=8g)."
             ) from problem
-        self._idle.append((loader, queue))
+        finally:
+            if loader in self._alive:
+                self._idle.append((loader, queue))  # what an unfinished stream left behind is discarded on the next start
 
     def _start(self) -> tuple[DataLoader[Any], list[Request]]:
         queue: list[Request] = []
@@ -77,6 +85,7 @@ class WorkerStream:
             worker_init_fn=_leave_interrupts_to_the_parent,
             generator=torch.Generator(),  # without one, DataLoader draws from the global generator
         )
+        self._alive.append(loader)
         return loader, queue
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunectl.data.draws import Stream
-from prunectl.data.formats import read_idx_pair
+from prunectl.data.formats import read_mnist_pair
 from prunectl.data.readers import DEBIAN_FASHION_MNIST, EMBEDDED
 from prunectl.data.split import pick
 
@@ -24,7 +24,7 @@ def build(folder: Path) -> dict[str, NDArray[Any]]:
     """The archive's arrays: for train and test, `_images` uint8 (N, 28, 28), `_labels` uint8 (N,), `_positions` uint16 (N,)."""
     arrays: dict[str, NDArray[Any]] = {}
     for split, (prefix, n) in PER_CLASS.items():
-        images, labels = read_idx_pair(folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz")
+        images, labels = read_mnist_pair(folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz")
         chosen = pick(labels, np.full(10, n), Stream.EMBEDDED)
         arrays[f"{split}_images"] = images[chosen, 0]
         arrays[f"{split}_labels"] = labels[chosen].astype(np.uint8)
