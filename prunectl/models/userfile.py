@@ -41,7 +41,8 @@ def blamed_on(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         place = ":".join([str(path), *_lines(error, path)[-1:]])
-        raise UsageError(f"{place}: {type(error).__name__}: {error}") from error
+        what = [type(error).__name__, *str(error).splitlines()[:1]]  # torch's messages go on for lines
+        raise UsageError(f"{place}: {': '.join(what)}") from error
 
 
 def _lines(error: Exception, path: Path) -> list[str]:
