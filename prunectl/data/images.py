@@ -156,7 +156,8 @@ def read_rgb(path: str) -> Image.Image:
 
 
 def _unreadable(path: str, problem: BaseException) -> DataMissing:
-    what = "missing" if isinstance(problem, FileNotFoundError) else f"not a readable image ({str(problem).partition(' ' + repr(path))[0]})"
+    reason = str(problem).replace(repr(path), "").strip(" :")  # the path stands in front already
+    what = "missing" if isinstance(problem, FileNotFoundError) else f"not a readable image ({reason})"
     return DataMissing(f"{path} is {what}: replace it or remove it.")
 
 

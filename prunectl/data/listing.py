@@ -28,7 +28,10 @@ def list_split(root: Path, split: str) -> Listing:
     names: list[str] = []
     classes: list[str] = []
     for name in class_names(root / split):
-        found = sorted(images_below(root, f"{split}/{name}"))
+        try:
+            found = sorted(images_below(root, f"{split}/{name}"))
+        except OSError as problem:
+            raise DataMissing(f"{problem.filename} cannot be listed ({problem.strerror}): make it readable or remove it.") from None
         if not found:
             raise DataMissing(f"{root / split / name} holds no images ({', '.join(SUFFIXES)}): fill it or remove it.")
         names += found

@@ -61,7 +61,7 @@ def load(
 
     data_dir: where it lies, else $PRUNECTL_DATA, else ~/.cache/prunectl. image_size: what the network wants, else the
     images' own; `fit` brings them to it by `pad` (black border) or `resize`; photos are resized and cropped either way.
-    val_fraction: of every class of the official training images, by default 0.1 (imagenet 0.02). train_images: train
+    val_fraction: of every class of the training images, by default 0.1 (imagenet 0.02); folders may have their own val. train_images: train
     on a stratified part of this size. augment: none, crop, crop-flip or imagenet, by default what is usual for the set.
     workers: processes that read image files (0: none). Raises UnknownName, UsageError or DataMissing."""
     source = _source(name_or_folder, data_dir)
