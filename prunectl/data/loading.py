@@ -118,7 +118,7 @@ def _source(name_or_folder: str, data_dir: str | Path | None) -> Source:
     if folder.exists():
         raise DataMissing(f"{folder} is a file: a data set is a registered name or a folder with train/ and val/.")
     if os.sep in name_or_folder or name_or_folder.startswith((".", "~")):
-        raise DataMissing(f"{folder} does not exist: a data set is a registered name or a folder with train/ and val/.")
+        raise DataMissing(f"{name_or_folder} does not exist: a data set is a registered name or a folder with train/ and val/.")
     raise UnknownName("data set", name_or_folder, datasets.names(), hint="Or give a folder with train/ and val/.")
 
 
