@@ -82,7 +82,7 @@ class Ticket(_Section):
     code: Literal["relu", "bn"] = "relu"
     probe: Literal["batch", "canvas"] = "batch"
     probe_images: int = Field(256, ge=1)
-    probes_per_epoch: int = Field(1, ge=1)
+    probes_per_epoch: int = Field(4, ge=1)
     recalibration_batches: int = Field(100, ge=0)
     search_only: bool = False
 

@@ -22,6 +22,16 @@ from torch import Tensor, nn
 from prunectl.errors import UsageError
 
 Dropped = Mapping[str, Sequence[int]]
+_HOMOGENEOUS = (
+    "ReluBackward",
+    "MaxPool2D",
+    "AvgPool2D",
+    "AdaptiveAvgPool2D",
+    "MkldnnAdaptive",
+    "MeanBackward",
+    "ViewBackward",
+    "ReshapeAlias",
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +62,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Graph:
-    """All groups of a network in the order of its layers, and the batch norm right behind each layer."""
+    """All groups of a network in the order of its layers, and the batch norm right behind each layer.
+
+    plain: the groups with one producer whose channels reach every reader one by one, through nothing but ReLU, pooling
+    and flattening, so that c times a channel is c times what its readers get (c > 0)."""
 
     groups: tuple[Group, ...]
     norm_after: Mapping[str, str]
+    plain: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -86,7 +100,8 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
         followers = [n.module for n in node.outputs]
         if module in names and len(followers) == 1 and isinstance(followers[0], nn.BatchNorm2d | nn.BatchNorm1d):
             norms[names[module]] = names[followers[0]]
-    return Graph(tuple(sorted(groups, key=lambda g: order[g.name])), norms)
+    plain = frozenset(g.name for g in groups if _is_plain(graph.module2node[twin.get_submodule(g.name)], is_producer=True))
+    return Graph(tuple(sorted(groups, key=lambda g: order[g.name])), norms, plain)
 
 
 def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
@@ -172,6 +187,23 @@ def _group(graph: tp.DependencyGraph, found: tp.Group, names: dict[nn.Module, st
     if not any(_consumes(m, model) for m in members):
         locked = locked or "nothing inside the network reads them: they are its outputs"
     return Group(names[root], root.weight.shape[0], tuple(members), locked)
+
+
+def _is_plain(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
+    """Whether all that follows `node` up to the next dense layers works channel by channel and scales with its input."""
+    if not node.outputs:
+        return False
+    for after in node.outputs:
+        module, operator = after.module, after.grad_fn.name() if after.grad_fn is not None else ""
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if getattr(module, "groups", 1) != 1:
+                return False
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if not is_producer or len(node.outputs) != 1 or not _is_plain(after):
+                return False
+        elif not operator.startswith(_HOMOGENEOUS) or not _is_plain(after):
+            return False
+    return True
 
 
 def _consumes(member: Member, model: nn.Module) -> bool:

@@ -5,6 +5,7 @@ physically, re-estimate batch norm, carry the momentum over; train the small net
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -17,6 +18,7 @@ from prunectl.errors import Unsatisfiable
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
+from prunectl.pruning.merge import merge_
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.surgery import Compacted, carry, compact, replay
 from prunectl.pruning.ticket import TicketPlan, check_against_plan, plan_ticket
@@ -63,7 +65,11 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     at_draw = session.accuracy("val", dense).top1
     session.write_model("dense", dense)
     plan = _plan(session, settings)
-    small = compact(dense, plan.dropped, session.example())
+    source = dense
+    if settings.merge:
+        source = copy.deepcopy(dense)
+        merge_(source, plan.graph, plan.dropped, rho=settings.rho)
+    small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
     momentum = carry(momentum_of(dense, session.state.optimizer), small.index)
     weights = _chosen_weights(session, settings, search, plan, small)
