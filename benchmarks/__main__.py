@@ -1,0 +1,9 @@
+"""python -m benchmarks: the short measurements in turn (minutes, on an otherwise idle machine). The long comparison of
+tickets is `python -m benchmarks.tickets`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+for name in ("startup", "train_loop", "probe", "surgery", "sfw_step"):
+    import_module(f"benchmarks.{name}").main()
