@@ -187,6 +187,57 @@ def find_ticket(
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
 
 
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = Path("runs/latest"),
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="cpu, gpu, orin, tx2 or rtx (default cpu; with --trt what is here)")
+    ] = None,
+    trt: Annotated[bool, typer.Option("--trt", help="build a TensorRT engine too")] = False,
+    precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8")] = "fp32",
+    sparsity: Annotated[str | None, typer.Option("--sparsity", help="of an sfw-prune run: a share such as 0.9, or 2:4")] = None,
+    host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board that builds the engine")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="images a call")] = 1,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images a call")] = False,
+    uint8_input: Annotated[bool, typer.Option("--uint8-input", help="normalisation inside the graph: feed pixels")] = False,
+    lint_only: Annotated[Path | None, typer.Option("--lint-only", metavar="FILE.onnx", help="check any ONNX file and stop")] = None,
+    data_dir: DataDirOpt = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the files (default: inside the run)")] = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Write ONNX and TensorRT files that are proven to be the network.
+
+    Example: prunectl export runs/latest --profile tx2 --trt
+    """
+    ui = _ui(json, quiet, verbose, no_progress)
+    from prunectl.workflows import export as workflow
+
+    if lint_only is not None:
+        result = workflow.lint_only(lint_only, profile, ui)
+        ui.document(result)
+        return workflow.require_clean(result)
+    request = workflow.Request(
+        path=path,
+        profile=profile,
+        trt=trt,
+        precision=precision,
+        batch=None if dynamic_batch else batch,
+        uint8_input=uint8_input,
+        host=host,
+        sparsity=sparsity,
+        out=out,
+        data_dir=data_dir,
+    )
+    result = workflow.export(request, ui)
+    workflow.show(result, ui)
+    ui.document(result)
+    if result["outcome"] == "bundled":
+        raise typer.Exit(ExitStatus.DEVICE)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTS))] = None,

@@ -1,0 +1,285 @@
+"""`prunectl export`: a saved network as an ONNX file, and an engine, proven to be the network.
+
+Build the graph for one profile, count its work again, compare its answers with torch's on real and random images, write
+it, then measure the written FILE on the test split. Whatever fails leaves no file behind that looks finished."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+from torch import Tensor, nn
+
+from prunectl import data
+from prunectl.console import Console
+from prunectl.data import Dataset
+from prunectl.errors import DataMissing, DeviceUnavailable, UsageError, VerificationFailed
+from prunectl.export import bundle, graph, lint, onnx, quantize, sparsity, tensorrt, verify
+from prunectl.export.artifact import Artifact, InputSpec, Provenance, record_path, write_record
+from prunectl.export.profiles import Profile
+from prunectl.export.profiles import load as load_profile
+from prunectl.export.session import load_onnx_session
+from prunectl.recipe import shipped
+from prunectl.training import compactmodel
+from prunectl.workflows.session import versions
+
+COMPARED = 256  # real images that torch and the graph both answer
+CALIBRATION = 512  # training images that set INT8's ranges
+BATCH = 250
+INT8_SLACK = 1.0  # points of accuracy below which a per-layer report is due
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to export and how. batch None: a free batch. pattern: "2:4" once a network was pruned to it."""
+
+    path: Path
+    profile: str | None = None
+    trt: bool = False
+    precision: str = "fp32"
+    batch: int | None = 1
+    uint8_input: bool = False
+    host: str | None = None
+    sparsity: str | None = None
+    out: Path | None = None
+    data_dir: Path | None = None
+
+
+def export(request: Request, ui: Console) -> dict[str, Any]:
+    """Writes, proves and measures; the result says what exists and what could not be built here.
+
+    outcome: `exported`, or `bundled` when an engine was asked for and nothing here can build one (exit 5)."""
+    profile = load_profile(request.profile or _default_profile(request))
+    profile.check_precision(request.precision)
+    folder = compactmodel.locate(request.path)
+    saved = compactmodel.read(folder)
+    module, pattern = _network(saved, request)
+    spec = InputSpec.from_data(saved.plan["data"])
+    target = (request.out or _run_of(folder) / "export") / f"{_stem(folder, request)}-{profile.name}-{request.precision}.onnx"
+    images = _images(saved.plan, request, ui)
+    fp32 = onnx.build(module, spec, profile, batch=request.batch)
+    verify.require_cost(verify.recount(module, fp32, spec))
+    spec = spec.of_pixels() if request.uint8_input else spec
+    model = onnx.lowered(fp32, spec, profile, request.precision, _calibration(images, request))
+    measured = _proof(module, model, spec, images, request.precision, profile, ui)
+    zeros = sparsity.measure(model, n=pattern[0], m=pattern[1]) if pattern else sparsity.measure(model)
+    if pattern:
+        profile.check_sparsity(f"{pattern[0]}:{pattern[1]}")
+        sparsity.require_pattern(zeros)
+    provenance = Provenance(saved.plan["parent"], {"steps": len(saved.plan["steps"]), "params": saved.plan["params"]})
+    record = onnx.save(model, target, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
+    record = _measured_file(target, record, images, ui)
+    if request.precision == "int8":
+        _report_int8(fp32, model, record, images, saved, ui)
+    artifacts = [_entry(target, record)]
+    findings = [asdict(f) for f in lint.lint(target, profile)]
+    outcome, note = "exported", None
+    if request.trt or profile.name == "rtx":
+        entry, note = _engine(request, target, record, profile, pattern is not None)
+        artifacts.append(entry)
+        outcome = "bundled" if entry["kind"] == "bundle" else "exported"
+    return {
+        "schema": 1,
+        "verb": "export",
+        "run": str(request.path),
+        "outcome": outcome,
+        "model": saved.plan["model"]["name"],
+        "dataset": saved.plan["data"]["name"],
+        "profile": profile.name,
+        "artifacts": artifacts,
+        "lint": findings,
+        "zeros": zeros.statement if request.sparsity else None,
+        "note": note,
+        "versions": versions(),
+        "warnings": list(ui.warnings),
+    }
+
+
+def lint_only(path: Path, profile: str | None, ui: Console) -> dict[str, Any]:
+    """What a profile's reader holds against any ONNX file; raises VerificationFailed after showing all errors."""
+    chosen = load_profile(profile or "cpu")
+    findings = lint.lint(path, chosen)
+    rows = [[f.severity, f.node, f.operator, f.message, f.remedy] for f in findings]
+    if rows:
+        ui.table(f"{path.name} for {chosen.reader}", ["", "node", "operator", "finding", "remedy"], rows)
+    else:
+        ui.say(f"{path}: nothing known against it for {chosen.reader}")
+    result = {"schema": 1, "verb": "export", "outcome": "linted", "profile": chosen.name, "artifacts": []}
+    return {**result, "lint": [asdict(f) for f in findings], "warnings": list(ui.warnings)}
+
+
+def _default_profile(request: Request) -> str:
+    if not request.trt:
+        return "cpu"
+    try:
+        tensorrt.local_compiler()
+    except DeviceUnavailable:
+        return "tx2"
+    return "gpu"
+
+
+def _network(saved: compactmodel.CompactModel, request: Request) -> tuple[nn.Module, tuple[int, int] | None]:
+    if request.sparsity is None:
+        return saved.module(), None
+    if ":" in request.sparsity:
+        n, _, m = request.sparsity.partition(":")
+        if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
+            raise UsageError(f"--sparsity {request.sparsity}: expected N:M with N below M, e.g. 2:4, or a share such as 0.9")
+        return _swept(request, None, (int(n), int(m))), (int(n), int(m))
+    try:
+        share = float(request.sparsity)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UsageError(f"--sparsity {request.sparsity}: expected a share between 0 and 1, e.g. 0.9, or a pattern such as 2:4")
+    return _swept(request, share, None), None
+
+
+def _swept(request: Request, share: float | None, pattern: tuple[int, int] | None) -> nn.Module:
+    raise UsageError(f"--sparsity {request.sparsity} prunes the network of an sfw-prune run; {request.path} is none")
+
+
+def _run_of(folder: Path) -> Path:
+    return folder.resolve().parent if (folder.resolve().parent / "recipe.yaml").is_file() else folder.resolve()
+
+
+def _stem(folder: Path, request: Request) -> str:
+    parts = [folder.resolve().name, *(["s" + request.sparsity.replace(":", "of")] if request.sparsity else [])]
+    if request.uint8_input:
+        parts.append("uint8")
+    if request.batch != 1:
+        parts.append(f"b{request.batch}" if request.batch else "dynamic")
+    return "-".join(parts)
+
+
+def _images(plan: dict[str, Any], request: Request, ui: Console) -> Dataset | None:
+    """The network's own data set, seen as the network saw it; None, with a warning, where it is not at hand."""
+    info = plan["data"]
+    try:
+        return data.load(
+            info["name"],
+            data_dir=request.data_dir,
+            image_size=info["image_size"],
+            fit=info["fit"] if info["fit"] in ("pad", "resize") else "pad",
+        )
+    except DataMissing as e:
+        if request.precision == "int8":
+            raise
+        ui.warn(f"the file was compared on random images only and its accuracy not measured: {e}")
+        return None
+
+
+def _calibration(images: Dataset | None, request: Request) -> Iterator[Tensor]:
+    if request.precision == "int8" and images is not None:
+        pixels, _ = images.sample(CALIBRATION, seed=0, split="train")
+        step = request.batch or BATCH
+        yield from (chunk for chunk in pixels.split(step) if len(chunk) == step)
+
+
+def _proof(
+    module: nn.Module, model: ModelProto, spec: InputSpec, images: Dataset | None, precision: str, profile: Profile, ui: Console
+) -> dict[str, float]:
+    """max_abs_diff and top1_agreement of the graph against torch. Raises VerificationFailed when they differ too far."""
+    session = verify.classifier(model, spec)
+    size = graph.static_batch(model) or 64
+    random = verify.compare(module, session, verify.random_batches(spec, n=8 * size if size < 8 else size), images="random")
+    verify.require_same(random, precision)
+    real = random
+    if images is not None:
+        pixels, _ = images.sample(COMPARED // size * size or size, seed=0, split="val")
+        real = verify.compare(module, session, [chunk.numpy() for chunk in pixels.split(size) if len(chunk) == size])
+        verify.require_same(real, precision)
+    ui.say(
+        f"{profile.name}, {precision}: the graph answers as torch does on {real.n} {real.images} and {random.n} random images "
+        f"(largest difference {real.max_abs:.2g}, {real.max_rel:.1g} of the largest logit; top-1 agreement {real.top1_agreement:.1f} %)"
+    )
+    return {"max_abs_diff": max(real.max_abs, random.max_abs), "top1_agreement": real.top1_agreement}
+
+
+def _measured_file(path: Path, record: Artifact, images: Dataset | None, ui: Console) -> Artifact:
+    """The record with the accuracy of the file as it was written, on the test split."""
+    if images is None:
+        return record
+    session = load_onnx_session(path)
+    found = verify.accuracy(session, ((x.numpy(), y.numpy()) for x, y in images.eval_batches("test", batch_size=BATCH)))
+    ui.say(f"{path.name}: {found.top1:.2f} % of {found.n} test images, {record.bytes:,} bytes")
+    record = replace(record, accuracy=found.top1)
+    write_record(path, record)
+    return record
+
+
+def _report_int8(
+    fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset | None, saved: compactmodel.CompactModel, ui: Console
+) -> None:
+    """Where INT8 lost more than a point against FP32 on the test split, the layers that lost most."""
+    if images is None or record.accuracy is None:
+        return
+    spec = InputSpec.from_data(saved.plan["data"])
+    batches = ((x.numpy(), y.numpy()) for x, y in images.eval_batches("test", batch_size=BATCH))
+    full = verify.accuracy(verify.classifier(fp32, spec), batches).top1
+    if full - record.accuracy <= INT8_SLACK:
+        return
+    size = graph.static_batch(fp32) or 8
+    pixels, _ = images.sample(size, seed=0, split="val")
+    worst = sorted(quantize.layer_errors(fp32, model, pixels.numpy()), key=lambda e: e.signal_to_noise_db)[:5]
+    layers = ", ".join(f"{e.layer} ({e.signal_to_noise_db:.0f} dB)" for e in worst)
+    ui.warn(f"INT8 has {record.accuracy:.2f} % where FP32 has {full:.2f} %; the layers with the lowest signal-to-noise ratio: {layers}")
+
+
+def _engine(request: Request, model: Path, record: Artifact, profile: Profile, sparse: bool) -> tuple[dict[str, Any], str | None]:
+    """An engine built ahead of time, here or on the board; where nothing can build it, a bundle and the reason."""
+    if request.host:
+        raise UsageError("--host builds through the board's agent; run: prunectl bench --device jetson --host " + request.host)
+    try:
+        compiler = tensorrt.rtx_compiler() if profile.name == "rtx" else tensorrt.local_compiler()
+    except DeviceUnavailable as e:
+        packed = bundle.write(model.with_suffix(".bundle"), model, shipped("deploy") / "agent.py")
+        note = f"no engine: {e}; wrote the bundle {packed.path}: copy it to the board and run {packed.command}"
+        return {**_entry(model, record), "path": str(packed.path), "kind": "bundle", "bytes": packed.bytes}, note
+    built = tensorrt.build(
+        model, compiler, model.parent, profile=profile, precision=record.precision, sparse=sparse, batch=record.batch or 8
+    )
+    entry = {**_entry(model, record), "path": str(built.path), "kind": "engine", "sha256": built.sha256, "bytes": built.bytes}
+    entry.update(compiler=f"{compiler.backend} {compiler.version}", gpus=list(compiler.gpus), build_s=built.build_s, cached=built.cached)
+    return {**entry, "max_abs_diff": None, "accuracy": None, "reason": "running an engine needs its GPU"}, None
+
+
+def _entry(path: Path, record: Artifact) -> dict[str, Any]:
+    fields = record.to_dict()
+    kept = (
+        "kind",
+        "profile",
+        "precision",
+        "sha256",
+        "bytes",
+        "opset",
+        "ir",
+        "params",
+        "macs",
+        "max_abs_diff",
+        "top1_agreement",
+        "accuracy",
+    )
+    return {"path": str(path.resolve()), **{k: fields[k] for k in kept}, "record": str(record_path(path).resolve())}
+
+
+def show(result: dict[str, Any], ui: Console) -> None:
+    rows = [
+        [Path(a["path"]).name, a["kind"], a["precision"], f"{a['bytes']:,}", None if a["accuracy"] is None else f"{a['accuracy']:.2f}"]
+        for a in result["artifacts"]
+    ]
+    ui.table(f"{result['model']} for {result['profile']}", ["file", "kind", "precision", "bytes", "test accuracy, %"], rows)
+    if result["artifacts"]:
+        ui.say(f"in {Path(result['artifacts'][0]['path']).parent}")
+    if result["note"]:
+        ui.say(result["note"])
+
+
+def require_clean(result: dict[str, Any]) -> None:
+    """Raises VerificationFailed when a lint-only result holds errors."""
+    errors = [f for f in result["lint"] if f["severity"] == "error"]
+    if errors:
+        raise VerificationFailed(f"{len(errors)} finding{'s' if len(errors) > 1 else ''} that the target refuses or mis-reads")
