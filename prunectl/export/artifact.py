@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunectl.errors import CorruptFile, UsageError
-from prunectl.files import atomic, sha256, write_json
+from prunectl.files import sha256, write_json
 
 SCHEMA = 1
 
@@ -150,12 +150,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise UsageError(f"{path} cannot be written ({problem.strerror or problem}); free space or choose another --out") from problem
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """The whole file or none. Raises UsageError if the folder cannot be written to or is full."""
-    with writing(path), atomic(path) as temporary:
-        temporary.write_bytes(data)
 
 
 def write_record(model: Path, record: Artifact) -> None:

@@ -145,9 +145,9 @@ def with_batch(model: ModelProto, batch: int) -> ModelProto:
     fixed = ModelProto()
     fixed.CopyFrom(model)
     for info in [*fixed.graph.input, *fixed.graph.output]:
-        dim = info.type.tensor_type.shape.dim[0]
-        if not dim.HasField("dim_value"):
-            dim.dim_value = batch
+        for dim in info.type.tensor_type.shape.dim[:1]:
+            if not dim.HasField("dim_value"):
+                dim.dim_value = batch
     del fixed.graph.value_info[:]
     return fixed
 

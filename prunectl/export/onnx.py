@@ -31,8 +31,9 @@ from torch.nn import functional as F
 import prunectl
 from prunectl.errors import UsageError, VerificationFailed
 from prunectl.export import graph, lint, quantize
-from prunectl.export.artifact import Artifact, InputSpec, Provenance, write_bytes, write_record
+from prunectl.export.artifact import Artifact, InputSpec, Provenance, write_record, writing
 from prunectl.export.profiles import Profile
+from prunectl.files import atomic
 
 OUTPUT = "logits"
 LARGEST = 2**31 - 1  # bytes of a protobuf message; beyond it weights need files of their own, and hashes and copies break
@@ -122,8 +123,9 @@ def save(
         provenance=provenance,
         **(measured or {}),
     )
-    write_record(path, record)  # first: a record without its file, or with an older one, is noticed on reading
-    write_bytes(path, data)
+    with writing(path), atomic(path) as draft:
+        draft.write_bytes(data)
+        write_record(path, record)  # now: only the renaming is left, and a record beside an older file is noticed on reading
     return record
 
 
@@ -178,6 +180,7 @@ def _tidy(model: ModelProto) -> ModelProto:
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
     clean.ClearField("metadata_props")
+    clean.producer_name, clean.producer_version = "prunectl", prunectl.__version__
     return clean
 
 
@@ -201,7 +204,6 @@ def _check(model: ModelProto, spec: InputSpec, profile: Profile, batch: int | No
 def _labelled(model: ModelProto, labels: Mapping[str, str]) -> ModelProto:
     out = ModelProto()
     out.CopyFrom(model)
-    out.producer_name, out.producer_version = "prunectl", prunectl.__version__
     del out.metadata_props[:]
     out.metadata_props.extend(StringStringEntryProto(key=key, value=value) for key, value in labels.items())
     return out

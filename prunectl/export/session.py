@@ -164,7 +164,7 @@ def _normalised(pixels: NDArray[Any], spec: InputSpec) -> Floats:
 
 
 def _pixels(unit: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.clip(np.rint(unit * 255), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(unit * 255), 0, 255), dtype=np.uint8)
 
 
 def _columns(spec: InputSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
