@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,18 @@ def layer_errors(model: ModelProto, quantised: ModelProto, images: Images) -> li
 
     images: normalised float32, as many as the graphs take in one call. Errors of earlier layers are included."""
     nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
-    outputs = [n.output[0] for n in nodes]
-    exact, rounded = (_activations(m, outputs, images) for m in (model, quantised))
+    rounded_nodes = quantised.graph.node
+    made = {name for n in rounded_nodes for name in n.output}
+    # where a ReLU became part of the quantised layer, its output took the place of the layer's
+    activated = {n.input[0]: n.output[0] for n in model.graph.node if n.op_type in ("Relu", "Clip")}
+    outputs = [n.output[0] if n.output[0] in made else activated[n.output[0]] for n in nodes]
+    coded = {n.input[0]: n.output[0] for n in rounded_nodes if n.op_type == "QuantizeLinear"}
+    decoded = {n.input[0]: n.output[0] for n in rounded_nodes if n.op_type == "DequantizeLinear"}
+    taps = [decoded.get(coded.get(name, ""), name) for name in outputs]
+    exact, rounded = _activations(model, outputs, images), _activations(quantised, taps, images)
     errors = []
-    for node, output in zip(nodes, outputs, strict=True):
-        noise = float(np.mean((exact[output] - rounded[output]) ** 2))
+    for node, output, tap in zip(nodes, outputs, taps, strict=True):
+        noise = float(np.mean((exact[output] - rounded[tap]) ** 2))
         signal = float(np.mean(exact[output] ** 2))
         errors.append(LayerError(node.name, node.op_type, 10 * float(np.log10(max(signal, 1e-30) / max(noise, 1e-30)))))
     return sorted(errors, key=lambda e: e.signal_to_noise_db)
@@ -110,33 +118,37 @@ def _quantised(model: ModelProto, calibration: Iterable[Any], **options: Any) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         quantize_static(prepared, path, reader, quant_format=QuantFormat.QDQ, per_channel=True, **options)
-        if not reader.images:
-            raise UsageError("int8 needs calibration images and got none; give some of the training split")
         out = onnx.load(str(path))
     del out.metadata_props[:]
     return out
 
 
 class _Reader:
-    """Calibration images in pieces of the graph's own batch size; what does not fill a piece is left out."""
+    """Calibration images the way onnxruntime asks for them. Raises UsageError if there is not even one piece."""
 
     def __init__(self, name: str, batch: int | None, calibration: Iterable[Any]) -> None:
-        self.images = 0
-        self._pieces = self._cut(name, batch, calibration)
+        self.name = name
+        pieces = _pieces(calibration, batch)
+        first = next(pieces, None)
+        if first is None:
+            raise UsageError(f"int8 needs calibration images, at least {batch or 1}; give some of the training split")
+        self._pieces = chain([first], pieces)
 
     def get_next(self) -> dict[str, Images] | None:
-        return next(self._pieces, None)
+        piece = next(self._pieces, None)
+        return None if piece is None else {self.name: piece}
 
-    def _cut(self, name: str, batch: int | None, calibration: Iterable[Any]) -> Iterator[dict[str, Images]]:
-        left: Images | None = None
-        for images in calibration:
-            array = np.asarray(images, dtype=np.float32)
-            left = array if left is None else np.concatenate([left, array])
-            size = batch or len(left)
-            for start in range(0, len(left) - size + 1, size):
-                self.images += size
-                yield {name: left[start : start + size]}
-            left = left[len(left) - len(left) % size :]
+
+def _pieces(calibration: Iterable[Any], batch: int | None) -> Iterator[Images]:
+    """The images in pieces of the graph's own batch size, as they come if it has none; the rest is left out."""
+    left: Images | None = None
+    for images in calibration:
+        array = np.asarray(images, dtype=np.float32)
+        left = array if left is None else np.concatenate([left, array])
+        size = batch or max(len(left), 1)
+        whole = len(left) - len(left) % size
+        yield from (left[start : start + size] for start in range(0, whole, size))
+        left = left[whole:]
 
 
 def _activations(model: ModelProto, names: list[str], images: Images) -> dict[str, NDArray[np.float32]]:

@@ -64,7 +64,7 @@ def test_a_free_batch_takes_any_number_of_images_and_a_fixed_one_its_own(network
         verify.require_same(verify.compare(network, free, [images(n)]), "fp32")
     four = verify.classifier(onnx.build(network, SPEC, tx2, batch=4), SPEC)
     verify.require_same(verify.compare(network, four, [images(6)]), "fp32")  # a full piece of 4 and one of 2, filled up
-    with pytest.raises(UsageError, match="dynamic batch with profile tx2.*static shapes"):
+    with pytest.raises(UsageError, match=r"dynamic batch with profile tx2.*static shapes"):
         onnx.build(network, SPEC, tx2, batch=None)
     with pytest.raises(UsageError, match="batch 0"):
         onnx.build(network, SPEC, tx2, batch=0)
@@ -138,7 +138,7 @@ def test_other_logits_than_classes_are_noticed(network, tx2):
 def test_an_exporter_that_writes_another_opset_is_noticed(network, cpu, tx2):
     """torch's newer exporter, asked for 13, writes 18."""
     lying = profiles.Profile("tx2", opset=13, max_opset=13, max_ir=8, exporter=cpu.exporter)
-    with pytest.raises((VerificationFailed, UsageError), match="opset|exporter cannot write"):
+    with pytest.raises((VerificationFailed, UsageError), match=r"opset|exporter cannot write"):
         onnx.build(network, SPEC, lying)
 
 
@@ -159,7 +159,7 @@ def test_a_saved_file_tells_everything_twice(tmp_path, tx2_model, tx2):
 
 
 def test_a_failed_lint_leaves_nothing_that_looks_finished(tmp_path, cpu_model, tx2):
-    with pytest.raises(VerificationFailed, match="not a file for TensorRT 8.2: .*opset 18"):
+    with pytest.raises(VerificationFailed, match=r"not a file for TensorRT 8\.2: .*opset 18"):
         onnx.save(cpu_model, tmp_path / "model.onnx", spec=SPEC, profile=tx2)
     assert list(tmp_path.iterdir()) == []
 
