@@ -1,0 +1,102 @@
+"""Runs an ONNX file on an NVIDIA GPU: by TensorRT where it is installed, else by ONNX Runtime's CUDA provider.
+
+Inputs stay on the GPU, as with trtexec --noDataTransfers, and a call returns when the GPU has finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunectl.bench.latency import batch_of, onnx_session, synthetic_input
+from prunectl.bench.records import OnnxModel, Settings
+from prunectl.errors import DeviceUnavailable, UsageError, VerificationFailed
+
+Call = Callable[[], object]
+
+
+def cuda_device(index: int) -> torch.device:
+    """The GPU. Raises DeviceUnavailable."""
+    if not torch.cuda.is_available():
+        raise DeviceUnavailable("--device cuda: torch sees no CUDA GPU here; use --device cpu, or --device jetson with --host.")
+    if index >= torch.cuda.device_count():
+        raise DeviceUnavailable(f"--device cuda:{index}: this machine has {torch.cuda.device_count()} CUDA GPUs, counted from 0.")
+    return torch.device("cuda", index)
+
+
+def runner(model: OnnxModel, settings: Settings, device: torch.device) -> tuple[Call, int, dict[str, Any]]:
+    """(one inference, its batch, what runs it). Raises DeviceUnavailable where neither TensorRT nor ORT CUDA is installed."""
+    try:
+        import tensorrt
+    except ImportError:
+        return _onnxruntime_runner(model, settings, device)
+    return _tensorrt_runner(tensorrt, model, settings, device)
+
+
+def _onnxruntime_runner(model: OnnxModel, settings: Settings, device: torch.device) -> tuple[Call, int, dict[str, Any]]:
+    import onnxruntime as ort
+
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise DeviceUnavailable("--device cuda needs TensorRT (pip install 'prunectl[trt]') or onnxruntime-gpu; neither is installed.")
+    if settings.precision != "fp32":
+        raise UsageError(f"--precision {settings.precision} needs TensorRT; ONNX Runtime runs a file in its own precision (fp32).")
+    session = onnx_session(model, [("CUDAExecutionProvider", {"device_id": device.index})], threads=1)
+    binding = session.io_binding()
+    for name, array in synthetic_input(session, model.batch).items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array, "cuda", device.index))
+    for node in session.get_outputs():
+        binding.bind_output(node.name, "cuda", device.index)
+
+    def call() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    return call, batch_of(session, model.batch), {"runtime": "onnxruntime", "version": ort.__version__}
+
+
+def _tensorrt_runner(trt: Any, model: OnnxModel, settings: Settings, device: torch.device) -> tuple[Call, int, dict[str, Any]]:
+    torch.cuda.set_device(device)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # the only way from 10 on
+    network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+    parser = trt.OnnxParser(network, logger)  # network must outlive it
+    if not parser.parse_from_file(str(model.path)):
+        raise VerificationFailed(f"{model.path}: TensorRT {trt.__version__} refuses it: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
+    wanted = {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[settings.precision]
+    for name in wanted:
+        if not hasattr(trt.BuilderFlag, name):
+            raise UsageError(f"TensorRT {trt.__version__} takes precision from the graph: export with --profile gpu, bench with fp32.")
+        config.set_flag(getattr(trt.BuilderFlag, name))
+    if settings.sparsity == "enable":
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
+    profile, shapes = builder.create_optimization_profile(), {}
+    for i in range(network.num_inputs):
+        node = network.get_input(i)
+        shapes[node.name] = tuple(model.batch if size < 0 and d == 0 else size for d, size in enumerate(node.shape))
+        profile.set_shape(node.name, *[shapes[node.name]] * 3)
+    config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise VerificationFailed(f"{model.path}: TensorRT {trt.__version__} built no engine of it; its log says why.")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    context = engine.create_execution_context()
+    tensors = []
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        if name in shapes:
+            context.set_input_shape(name, shapes[name])
+        dtype = torch.from_numpy(np.empty(0, trt.nptype(engine.get_tensor_dtype(name)))).dtype
+        tensors.append(torch.randn(tuple(context.get_tensor_shape(name)), device=device).to(dtype))
+        context.set_tensor_address(name, tensors[-1].data_ptr())
+    stream = torch.cuda.Stream(device)
+
+    def call(engine: Any = engine, tensors: Any = tensors) -> None:  # both must live as long as the context
+        context.execute_async_v3(stream.cuda_stream)
+        stream.synchronize()
+
+    return call, next(iter(shapes.values()))[0], {"runtime": "tensorrt", "version": trt.__version__}

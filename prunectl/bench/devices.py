@@ -1,0 +1,146 @@
+"""Where a bench runs: each entry takes the same job and gives a RawBench.
+
+`target` is what stands behind the colon or in --host: a GPU's number, a board's name, a file to replay."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunectl.bench import board, cuda, latency
+from prunectl.bench.records import Artifact, Job, RawBench, Settings, TrainModel, Window
+from prunectl.bench.sampling import GpuEnergyCounter, HostSampler, host_sampler
+from prunectl.errors import DeviceUnavailable, UsageError
+from prunectl.registry import Registry
+
+Say = Callable[[str], None]
+Call = Callable[[], object]
+devices = Registry("device", "bench/devices.py")
+
+
+def parse(spec: str) -> tuple[str, str | None]:
+    """(name, target) of --device: cpu, cuda, cuda:1, jetson, jetson:USER@HOST, replay:FILE. Raises UnknownName."""
+    name, _, target = spec.partition(":")
+    return devices.check(name), target or None
+
+
+@devices.register
+def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
+    """this machine's CPU by ONNX Runtime (training: torch), power by RAPL where the machine has it"""
+    import onnxruntime as ort
+
+    with latency.pinned(settings.threads) as cores, host_sampler(settings.period_ms) as sampler:
+        calls: list[Call] = []
+        artifacts = []
+        for model in job.models:
+            session = latency.onnx_session(model, ["CPUExecutionProvider"], threads=len(cores))
+            calls.append(functools.partial(session.run, None, latency.synthetic_input(session, model.batch)))
+            about = {"runtime": "onnxruntime", "version": ort.__version__}
+            artifacts.append(Artifact(model.name, "onnx", model.sha256, latency.batch_of(session, model.batch), "as exported", about))
+        steps = [latency.optimizer_step(task, torch.device("cpu")) for task in job.train]
+        windows = _interleave(job, calls, steps, settings, idle=sampler.has_power, mark=lambda: None, say=say)
+        sampler.stop(settings.period_ms)
+    return RawBench(
+        device="cpu",
+        simulated=False,
+        artifacts=(*artifacts, *map(_module_artifact, job.train)),
+        windows=windows,
+        power=sampler.power,
+        telemetry=sampler.telemetry,
+        environment=_environment(sampler) | {"onnxruntime": ort.__version__, "threads": len(cores), "cores": cores},
+        settings=dataclasses.asdict(settings),
+    )
+
+
+@devices.register(name="cuda")
+def cuda_gpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
+    """an NVIDIA GPU of this machine by TensorRT or ONNX Runtime, power by the GPU's energy counter (cuda:1 for the second)"""
+    device = cuda.cuda_device(_gpu_index(target))
+    counter = GpuEnergyCounter(device.index)
+    with host_sampler(settings.period_ms) as sampler:
+        calls: list[Call] = []
+        artifacts = []
+        for model in job.models:
+            say(f"preparing {model.name}")
+            call, batch, about = cuda.runner(model, settings, device)
+            calls.append(call)
+            artifacts.append(Artifact(model.name, "engine", model.sha256, batch, settings.precision, about))
+        steps = [latency.optimizer_step(task, device) for task in job.train]
+        windows = _interleave(job, calls, steps, settings, idle=counter.reason is None, mark=counter.mark, say=say)
+        sampler.stop(settings.period_ms)
+    return RawBench(
+        device="cuda",
+        simulated=False,
+        artifacts=(*artifacts, *map(_module_artifact, job.train)),
+        windows=windows,
+        power=counter.power(),
+        telemetry=sampler.telemetry,
+        environment=_environment(sampler) | {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda},
+        settings=dataclasses.asdict(settings),
+    )
+
+
+@devices.register
+def jetson(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
+    """a Jetson board: this machine if it is one, else --host USER@HOST or $PRUNECTL_JETSON over ssh"""
+    host = target or os.environ.get("PRUNECTL_JETSON")
+    if target is None and is_jetson():
+        return board.measure_here(job, settings, say=say)
+    if host is None:
+        raise DeviceUnavailable("--device jetson: this machine is no Jetson; name one with --host USER@HOST or in $PRUNECTL_JETSON.")
+    return board.measure_over_ssh(host, job, settings, say=say)
+
+
+@devices.register
+def replay(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
+    """no device: the raw.json of an earlier bench, analysed again (replay:FILE)"""
+    if target is None:
+        raise UsageError("--device replay needs a file: replay:FILE, e.g. replay:runs/latest/bench/raw.json.")
+    return RawBench.read(Path(target))
+
+
+def is_jetson() -> bool:
+    return Path("/etc/nv_tegra_release").exists()
+
+
+def _environment(sampler: HostSampler) -> dict[str, Any]:
+    return {**sampler.about["environment"], "torch": torch.__version__, "platform": platform.platform()}
+
+
+def _gpu_index(target: str | None) -> int:
+    if target is not None and not target.isdecimal():
+        raise UsageError(f"--device cuda:{target}: the part behind the colon is the number of a GPU, e.g. cuda:0.")
+    return int(target or 0)
+
+
+def _module_artifact(task: TrainModel) -> Artifact:
+    parameters = sum(p.numel() for p in task.module.parameters())
+    return Artifact(task.name, "module", None, task.input_shape[0], "fp32", {"torch": torch.__version__, "params": parameters})
+
+
+def _interleave(
+    job: Job, calls: list[Call], steps: list[Call], settings: Settings, *, idle: bool, mark: latency.Mark, say: Say
+) -> tuple[Window, ...]:
+    """Idle first; then every model in turn, `repeats` times over; then training the same way. Neighbours share temperature and clocks."""
+    windows = []
+    if idle:
+        say(f"idle baseline, {settings.idle_s:.0f} s")
+        windows.append(latency.idle_window(settings.idle_s, mark=mark))
+    span = {"warmup_s": settings.warmup_s, "duration_s": settings.duration_s}
+    for repeat in range(settings.repeats):
+        for i, (model, call) in enumerate(zip(job.models, calls, strict=True)):
+            say(f"{model.name}, repeat {repeat + 1} of {settings.repeats}")
+            windows.append(latency.load_window(call, artifact=i, repeat=repeat, **span, iterations=settings.iterations, mark=mark))
+    for repeat in range(settings.repeats):
+        for i, (task, step) in enumerate(zip(job.train, steps, strict=True), len(calls)):
+            say(f"training {task.name}, repeat {repeat + 1} of {settings.repeats}")
+            counts = {"steps": task.steps, "warmup_steps": task.warmup_steps}
+            windows.append(latency.train_window(step, artifact=i, repeat=repeat, **counts, mark=mark))
+    return tuple(windows)

@@ -1,0 +1,132 @@
+"""Times calls on this machine: windows of back-to-back inferences or optimizer steps, each with its own stamp.
+
+The loop holds nothing but the call and the clock. Threads are fixed in number and bound to cores while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunectl.bench.records import OnnxModel, TrainModel, Window
+from prunectl.errors import UsageError
+
+Mark = Callable[[], None]
+
+
+@contextlib.contextmanager
+def pinned(threads: int | None) -> Iterator[list[int]]:
+    """The cores that this process, and every thread it starts meanwhile, may use: the first `threads` of those it may use now."""
+    allowed = sorted(os.sched_getaffinity(0))
+    if threads is not None and threads > len(allowed):
+        raise UsageError(f"bench threads = {threads}: this process may use {len(allowed)} cores.")
+    cores = allowed[: threads or len(allowed)]
+    before = torch.get_num_threads()
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    try:
+        yield cores
+    finally:
+        os.sched_setaffinity(0, allowed)
+        torch.set_num_threads(before)
+
+
+def load_window(
+    call: Callable[[], object], *, artifact: int, repeat: int, warmup_s: float, duration_s: float, iterations: int, mark: Mark
+) -> Window:
+    """A window of calls after a warm-up: at least duration_s long and `iterations` many. latency_ns: from stamp to stamp.
+
+    mark is called just outside both edges, for a sensor that is read there."""
+    _run_for(call, warmup_s, 1)
+    mark()
+    stamps = np.array(_run_for(call, duration_s, iterations), dtype=np.int64)
+    mark()
+    return Window("load", artifact, repeat, int(stamps[0]), int(stamps[-1]), tuple(np.diff(stamps).tolist()))
+
+
+def train_window(step: Callable[[], object], *, artifact: int, repeat: int, steps: int, warmup_steps: int, mark: Mark) -> Window:
+    """A window of exactly `steps` optimizer steps after the warm-up."""
+    _run_for(step, 0.0, warmup_steps)
+    mark()
+    stamps = np.array(_run_for(step, 0.0, steps), dtype=np.int64)
+    mark()
+    return Window("train", artifact, repeat, int(stamps[0]), int(stamps[-1]), tuple(np.diff(stamps).tolist()))
+
+
+def idle_window(seconds: float, *, mark: Mark) -> Window:
+    mark()
+    start = time.monotonic_ns()
+    time.sleep(seconds)
+    end = time.monotonic_ns()
+    mark()
+    return Window("idle", None, 0, start, end)
+
+
+def _run_for(call: Callable[[], object], seconds: float, at_least: int) -> list[int]:
+    """Stamps before the first call and after each."""
+    gc.collect()
+    stamps = [time.monotonic_ns()]
+    end = stamps[0] + int(seconds * 1e9)
+    while len(stamps) <= at_least or stamps[-1] < end:
+        call()
+        stamps.append(time.monotonic_ns())
+    return stamps
+
+
+def onnx_session(model: OnnxModel, providers: list[Any], *, threads: int) -> Any:
+    """An ONNX Runtime session with a fixed number of threads. Raises UsageError for a file it cannot load."""
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(model.path), options, providers=providers)
+    except (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.InvalidArgument, state.NoSuchFile, state.NotImplemented) as error:
+        raise UsageError(f"{model.path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def synthetic_input(session: Any, batch: int) -> dict[str, np.ndarray]:
+    """One fixed random batch for every input of the session; an open first dimension becomes `batch`. Not zeros: they draw less power."""
+    rng = np.random.default_rng(0)
+    feed = {}
+    for node in session.get_inputs():
+        shape = [batch if i == 0 and not isinstance(size, int) else size for i, size in enumerate(node.shape)]
+        if not all(isinstance(size, int) for size in shape):
+            raise UsageError(f"input {node.name} has the open shape {node.shape}: export the model with a fixed image size.")
+        numbers = rng.standard_normal(shape) if "float" in node.type else rng.integers(0, 256, shape)
+        feed[node.name] = numbers.astype({"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}.get(node.type, np.float32))
+    return feed
+
+
+def batch_of(session: Any, batch: int) -> int:
+    """Images in one inference: what the file fixes, else `batch`."""
+    first = session.get_inputs()[0].shape[0]
+    return first if isinstance(first, int) else batch
+
+
+def optimizer_step(task: TrainModel, device: torch.device) -> Callable[[], object]:
+    """One SGD step of a copy of the module on one fixed synthetic batch, finished when the call returns."""
+    module = copy.deepcopy(task.module).to(device).train()
+    weights = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(task.input_shape, generator=generator).to(device)
+    y = torch.randint(task.num_classes, (task.input_shape[0],), generator=generator).to(device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(module(x), y).backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return step

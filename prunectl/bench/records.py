@@ -1,0 +1,241 @@
+"""What a bench is asked and what it saw: frozen, and equal to its JSON.
+
+A RawBench holds raw numbers only (stamps, latencies, sensor readings), so any report can be computed again from its file.
+All stamps of one record are of one monotonic clock, in ns; only their differences mean anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prunectl import files
+from prunectl.errors import CorruptFile, UsageError
+
+SCHEMA = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure; the defaults are the protocol of an honest joule on a board (deploy/README.md).
+
+    python, trtexec, train_python name programs on the board; None: found there."""
+
+    precision: str = "fp16"
+    warmup_s: float = 5.0
+    duration_s: float = 60.0
+    iterations: int = 200  # at least so many inferences in a window
+    repeats: int = 5
+    idle_s: float = 30.0
+    period_ms: float = 50.0
+    refresh_probe_s: float = 5.0
+    workspace_mb: int = 1024
+    sparsity: str = "disable"
+    spin_wait: bool = False
+    threads: int | None = None  # cpu only; None: every core this process may use
+    build_timeout_s: float = 1800.0
+    slack_s: float = 60.0  # what anything may take beyond its plan before it counts as hung
+    trtexec: str | None = None
+    python: tuple[str, ...] = ("python3",)
+    train_python: str | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {"warmup_s": 0, "duration_s": 1e-3, "iterations": 1, "repeats": 1, "idle_s": 0, "period_ms": 1, "refresh_probe_s": 0}
+        bounds |= {"workspace_mb": 1, "build_timeout_s": 1e-3, "slack_s": 0, "threads": 1}
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise UsageError(f"bench {name} = {value}: must be at least {least:g}.")
+        if self.precision not in ("fp32", "fp16", "int8"):
+            raise UsageError(f"bench precision = '{self.precision}': must be fp32, fp16 or int8.")
+        if self.sparsity not in ("disable", "enable"):
+            raise UsageError(f"bench sparsity = '{self.sparsity}': must be disable or enable.")
+
+    @classmethod
+    def for_host(cls, **changes: Any) -> Settings:
+        """The defaults where windows are cheap and clocks are not ours: shorter windows, more repeats."""
+        defaults: dict[str, Any] = {"precision": "fp32", "warmup_s": 1.0, "duration_s": 5.0, "repeats": 10, "idle_s": 10.0}
+        return cls(**(defaults | changes))
+
+    def quick(self) -> Settings:
+        """A short bench, for a first look: its report says that its windows are short."""
+        limits = {"warmup_s": 0.3, "duration_s": 1.0, "iterations": 20, "repeats": 5, "idle_s": 1.0, "refresh_probe_s": 1.0}
+        return dataclasses.replace(self, **{name: min(getattr(self, name), most) for name, most in limits.items()})
+
+
+@dataclass(frozen=True)
+class OnnxModel:
+    """A file to time. batch: images in one inference, where the file leaves it open; shapes: trtexec's words for an open input."""
+
+    path: Path
+    name: str
+    batch: int = 1
+    shapes: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        return files.sha256(self.path)
+
+
+@dataclass(frozen=True)
+class TrainModel:
+    """A torch module to train for some synthetic steps; input_shape: (N, C, H, W)."""
+
+    module: Any
+    name: str
+    input_shape: tuple[int, int, int, int]
+    num_classes: int
+    steps: int = 100
+    warmup_steps: int = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure. The first model is what the others are compared with; so is the first of `train`."""
+
+    models: tuple[OnnxModel, ...] = ()
+    train: tuple[TrainModel, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rail:
+    """One power sensor. unit mW: power now; uJ: a counter, starting again at `wrap`."""
+
+    name: str
+    unit: str
+    wrap: int | None = None
+
+
+@dataclass(frozen=True)
+class Power:
+    """Sensor readings: values[rail][i] was read at t_ns[i], None where the rail did not answer. Without a sensor, the reason."""
+
+    source: str | None
+    reason: str | None
+    period_ms: float | None = None
+    rails: tuple[Rail, ...] = ()
+    t_ns: tuple[int, ...] = ()
+    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+    skipped: tuple[Mapping[str, str], ...] = ()
+    sampler: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Telemetry:
+    """Clocks, temperatures and loads, about once a second; the unit is the name's suffix."""
+
+    t_ns: tuple[int, ...] = ()
+    values: Mapping[str, tuple[float | None, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of time with one thing going on. kind: refresh, idle, load (inference), train (optimizer steps).
+
+    latency_ns: one entry for each inference or step between start_ns and end_ns. details: commands, loss, ..."""
+
+    kind: str
+    artifact: int | None
+    repeat: int
+    start_ns: int
+    end_ns: int
+    latency_ns: tuple[int, ...] = ()
+    wall_offset_s: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What ran. kind: engine, onnx, module, traced. batch: images in one inference or step."""
+
+    name: str
+    kind: str
+    sha256: str | None
+    batch: int
+    precision: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RawBench:
+    device: str
+    simulated: bool
+    artifacts: tuple[Artifact, ...]
+    windows: tuple[Window, ...]
+    power: Power
+    telemetry: Telemetry = Telemetry()
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    simulated_by: tuple[str, ...] = ()
+    train_reason: str | None = None
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw: Any, *, source: str = "the record") -> RawBench:
+        """Raises CorruptFile naming `source` and the first thing that is not as it should be."""
+        try:
+            if raw["schema"] != SCHEMA:
+                raise CorruptFile(f"{source} is of schema {raw['schema']}, this release reads {SCHEMA}: measure again.")
+            power = dict(raw["power"])
+            power["rails"] = tuple(_make(Rail, rail) for rail in power["rails"])
+            bench = _make(cls, dict(raw) | {
+                "artifacts": tuple(_make(Artifact, a) for a in raw["artifacts"]),
+                "windows": tuple(_make(Window, w) for w in raw["windows"]),
+                "power": _make(Power, power),
+                "telemetry": _make(Telemetry, raw["telemetry"]),
+            })  # fmt: skip
+            bench._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CorruptFile(f"{source} is no raw bench record: {type(error).__name__}: {error}.") from None
+        return bench
+
+    def _check(self) -> None:
+        for series in (self.power, self.telemetry):
+            for name, values in series.values.items():
+                if len(values) != len(series.t_ns):
+                    raise ValueError(f"{len(values)} readings of {name} for {len(series.t_ns)} stamps")
+        for rail in self.power.rails:
+            if rail.name not in self.power.values:
+                raise ValueError(f"no readings of rail {rail.name}")
+        for window in self.windows:
+            if window.artifact is not None and not 0 <= window.artifact < len(self.artifacts):
+                raise ValueError(f"a window of artifact {window.artifact}, and {len(self.artifacts)} artifacts")
+
+    def write(self, path: Path) -> Path:
+        """The record as JSON at `path`: a whole file or none."""
+        files.write_text(path, json.dumps(self.to_dict()))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> RawBench:
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}; expected the raw.json of a bench.") from None
+        except ValueError as error:
+            raise CorruptFile(f"{path} is not JSON ({error}); expected the raw.json of a bench.") from None
+        return cls.from_dict(raw, source=str(path))
+
+
+def _make(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The record `kind` of its JSON. Keys it has no field for go into its `details`, if it has that."""
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    known = {name: _frozen(value) for name, value in values.items() if name in names}
+    extra = {name: value for name, value in values.items() if name not in names}
+    if extra and "details" in names:
+        known["details"] = {**values.get("details", {}), **extra}
+    return kind(**known)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, in a value and in the values of a mapping one level down."""
+    if isinstance(value, Mapping):
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in value.items()}
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,304 @@
+"""The whole way: host, ssh, sshd, agent under the board's Python, trtexec's words, and back."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import standin_board
+from prunectl.bench import board as host_side
+from prunectl.bench import ssh
+from prunectl.bench.devices import devices
+from prunectl.bench.energy import window_energy_mj
+from prunectl.bench.records import Job, OnnxModel, Settings
+from prunectl.bench.report import report
+from prunectl.errors import DeviceUnavailable, UsageError
+from standin_board import Waveform
+
+quiet = lambda text: None  # noqa: E731
+
+
+def model(folder: Path, name: str, size: int) -> OnnxModel:
+    """A file that the stand-in takes for a model; its latency is a millisecond for each 1000 bytes."""
+    path = folder / name
+    path.write_bytes(os.urandom(size))
+    return OnnxModel(path, name)
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> OnnxModel:
+    return model(tmp_path, "dense.onnx", 4000)
+
+
+def test_two_models_over_ssh(board, sshd, short, tmp_path, dense, monkeypatch):
+    board.set_trtexec(version=8201)
+    hostile = model(tmp_path, "pruned 'model' \"50 %\" $(touch owned)\n.onnx", 2000)
+    waves = {"VDD_IN": Waveform.random(3), "VDD_SYS_GPU": Waveform.random(4)}
+    said = []
+    with sshd(board) as server, board.powered(waves):
+        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
+        banner = ("sh", "-c", 'echo "Welcome to Ubuntu 18.04"; echo; exec "$@"', "sh", standin_board.board_python())
+        settings = short(repeats=3, refresh_probe_s=0.6, duration_s=1.0, python=banner)
+        raw = devices.get("jetson")(Job((dense, hostile)), settings, target="board", say=said.append)
+        again = devices.get("jetson")(Job((dense,)), short(), target="board", say=said.append)
+    assert board.leftovers() == []
+    assert not list(tmp_path.rglob("owned"))
+    assert raw.simulated and raw.environment["l4t"] == "32.7.1" and raw.environment["tensorrt"] == "8.2.1"
+    assert raw.environment["python"].startswith("3.6") or standin_board.board_python() == sys.executable
+    assert [w.artifact for w in raw.windows if w.kind == "load"] == [0, 1, 0, 1, 0, 1]  # interleaved
+    assert not raw.artifacts[0].details["engine"]["cached"] and again.artifacts[0].details["engine"]["cached"]
+    assert "--workspace=1024" in raw.artifacts[0].details["engine"]["command"]
+
+    wave, period_s, refresh_s = waves["VDD_IN"], 0.05, 0.05
+    for window in raw.windows:
+        if window.kind == "load":
+            start, end = window.start_ns / 1e9, window.end_ns / 1e9
+            truth = wave.integral(start, end)
+            levels = [wave.at(start + i * (end - start) / 2000) for i in range(2000)]
+            lag = (max(levels) - min(levels)) * (2 * refresh_s + period_s)  # the sensor shows the past; a long window hides it
+            assert window_energy_mj(raw, window) == pytest.approx(truth, abs=lag + 0.002 * truth)
+
+    result = report(raw)
+    first, second = result.reports
+    assert first.latency_ms["p50"] == pytest.approx(4.0, rel=0.01) and second.latency_ms["p50"] == pytest.approx(2.0, rel=0.01)
+    assert first.energy.simulated and "simulated" in result.warnings[0]
+    latency = next(r for r in result.ratios if r.metric == "latency_ms")
+    assert (latency.numerator, latency.denominator) == (hostile.name, "dense.onnx")
+    assert latency.median == pytest.approx(0.5, rel=0.01) and latency.differs
+    assert first.energy.refresh_ms == pytest.approx(50, rel=0.2)
+
+
+def test_this_machine_as_the_board(board, short, dense, monkeypatch):
+    for name, value in board.env.items():
+        monkeypatch.setenv(name, value)
+    raw = host_side.measure_here(Job((dense,)), short(), say=quiet)
+    assert report(raw).reports[0].latency_ms["p50"] == pytest.approx(4.0, rel=0.01)
+    monkeypatch.undo()
+    assert board.leftovers() == []
+
+
+# ------------------------------------------------------------------------------------------------- one sentence each
+
+
+def refused(server, settings, job, monkeypatch, *, say=quiet, target="board") -> str:
+    """What the failure says, after checking that it is one sentence and came before any time-out of ssh's."""
+    if server:
+        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
+    begin = time.monotonic()
+    with pytest.raises(DeviceUnavailable) as caught:
+        devices.get("jetson")(job, settings, target=target, say=say)
+    assert time.monotonic() - begin < 30
+    message = str(caught.value)
+    assert "\n" not in message and "Traceback" not in message and target in message
+    return message
+
+
+def test_unreachable(board, sshd, short, dense, monkeypatch):
+    with sshd(board) as server:
+        pass
+    assert "nothing listens" in refused(server, short(), Job((dense,)), monkeypatch)
+    assert "its name is not known" in refused(server, short(), Job((dense,)), monkeypatch, target="nobody@no-such-board.invalid")
+
+
+def test_key_refused(board, sshd, short, dense, monkeypatch):
+    with sshd(board, accept="stranger") as server:
+        assert "refused your key" in refused(server, short(), Job((dense,)), monkeypatch)
+
+
+def test_host_key_unknown_or_changed(board, sshd, short, dense, monkeypatch, keys):
+    with sshd(board) as server:
+        kind, key = (keys / "stranger.pub").read_text().split()[:2]
+        server.known_hosts.write_text(f"[127.0.0.1]:{server.port} {kind} {key}\n")
+        assert "has changed" in refused(server, short(), Job((dense,)), monkeypatch)
+        server.known_hosts.write_text("")
+        assert "host key is not known" in refused(server, short(), Job((dense,)), monkeypatch)
+
+
+def test_no_python_on_the_board(board, sshd, short, dense, monkeypatch):
+    with sshd(board) as server:
+        assert "no python3" in refused(server, short(python=("no-such-python3",)), Job((dense,)), monkeypatch)
+
+
+def test_python_too_old(board, sshd, short, dense, monkeypatch):
+    older = "import sys; sys.version_info = (3, 5, 2)\n"  # what a board with an older Python would say of itself
+    wrapper = ("sh", "-c", f'shift; text=$1; shift; exec {sys.executable} -c "{older}$text" "$@"', "sh")
+    with sshd(board) as server:
+        assert "needs Python 3.6" in refused(server, short(python=wrapper), Job((dense,)), monkeypatch)
+
+
+def test_an_agent_of_another_release(board, sshd, short, dense, monkeypatch):
+    other = ("sh", "-c", """echo 'prunectl-agent:{"event": "hello", "protocol": 99, "python": "3.6.9"}'; cat > /dev/null""", "sh")
+    with sshd(board) as server:
+        assert "speaks protocol 99" in refused(server, short(python=other), Job((dense,)), monkeypatch)
+
+
+def test_a_silent_board(board, sshd, short, dense, monkeypatch):
+    with sshd(board) as server:
+        mute = short(python=("sh", "-c", "exec cat > /dev/null", "sh"), slack_s=2.0)
+        assert "hangs" in refused(server, mute, Job((dense,)), monkeypatch)
+    assert board.leftovers() == []
+
+
+def test_no_trtexec(board, sshd, short, dense, monkeypatch):
+    board.trtexec.unlink()
+    with sshd(board) as server:
+        assert "no trtexec at" in refused(server, short(), Job((dense,)), monkeypatch)
+    assert board.leftovers() == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "words"),
+    [
+        ("crash-build", {}, "building the engine of dense.onnx, failed with exit code 1; it said:"),
+        ("oom-build", {}, "was Killed or refused memory: the board ran out of it; lower the workspace cap (now 1024 MB) or add swap"),
+        ("hang-build", {"build_timeout_s": 1.0}, "gave no result within 1 s and was stopped"),
+        ("garbage-build", {}, "wrote no engine"),
+        ("crash-run", {}, "timing dense.onnx, failed with exit code 1"),
+        ("oom-run", {}, "was Killed or refused memory"),
+        ("hang-run", {"slack_s": 2.5}, "gave no result within"),
+        ("garbage-run", {}, "its times cannot be read"),
+    ],
+)
+def test_trtexec_fails(board, sshd, short, dense, monkeypatch, mode, settings, words):
+    board.set_trtexec(mode=mode, version=8601)
+    with sshd(board) as server:
+        assert words in refused(server, short(**settings), Job((dense,)), monkeypatch)
+        assert board.leftovers() == []
+    assert not list(board.cache.rglob("*.plan")) or mode.endswith("run")
+
+
+def test_full_disk(board, sshd, short, tmp_path, monkeypatch):
+    """The board's cache is a file system of 1 MB, really full."""
+    full = (
+        "unshare",
+        "-rm",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size=1m none "$XDG_CACHE_HOME" && exec {standin_board.board_python()} "$@"',
+        "sh",
+    )
+    (board.root / "home/.cache").mkdir()
+    with sshd(board) as server:
+        upload = model(tmp_path, "large.onnx", 3_000_000)
+        assert "disk is full" in refused(server, short(python=full), Job((upload,)), monkeypatch)
+        engine = model(tmp_path, "engine.onnx", 700_000)  # arrives, but its engine finds no room
+        assert "disk is full" in refused(server, short(python=full), Job((engine,)), monkeypatch)
+    assert board.leftovers() == []
+
+
+def test_two_benches_at_once(board, sshd, short, dense, monkeypatch):
+    messages = []
+
+    def second(text: str) -> None:
+        if "repeat 1" in text and not messages:
+            messages.append(refused(server, short(), Job((dense,)), monkeypatch))
+
+    with sshd(board) as server:
+        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
+        raw = devices.get("jetson")(Job((dense,)), short(duration_s=3.0), target="board", say=second)
+    assert "another bench is running on this board" in messages[0]
+    assert raw.windows  # the first one was not disturbed
+    assert board.leftovers() == []
+
+
+@pytest.mark.parametrize("phase", ["sending", "building", "repeat 1"])
+def test_connection_cut(board, sshd, short, tmp_path, monkeypatch, phase):
+    """ssh is killed in the transfer, in the build, in the window."""
+    board.set_trtexec(version=8601, build_s=30.0 if phase == "building" else 0.0)
+    large = model(tmp_path, "large.onnx", 60_000_000 if phase == "sending" else 4000)
+
+    def cut(text: str) -> None:
+        if phase in text:
+            threading.Timer(0.03 if phase == "sending" else 0.7, lambda: [os.kill(pid, signal.SIGKILL) for pid in clients(server)]).start()
+
+    with sshd(board) as server:
+        message = refused(server, short(duration_s=30.0), Job((large,)), monkeypatch, say=cut)
+        assert "ended before it had a result" in message
+        assert board.leftovers() == []
+
+
+def clients(server) -> list[int]:
+    """Process ids of the ssh clients that use this server's configuration."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[0] == b"ssh" and str(server.config).encode() in words:
+                found.append(int(entry.name))
+    return found
+
+
+def test_agent_killed_in_the_window(board, sshd, short, dense, monkeypatch):
+    def kill(text: str) -> None:
+        if "repeat 1" in text:
+            agent = next(pid for pid in board.agents() if "python" in os.readlink(f"/proc/{pid}/exe"))
+            threading.Timer(0.5, os.kill, (agent, signal.SIGKILL)).start()
+
+    with sshd(board) as server:
+        assert "the agent was killed there" in refused(server, short(duration_s=30.0), Job((dense,)), monkeypatch, say=kill)
+        assert board.leftovers() == []
+
+
+def test_ctrl_c_on_the_host(board, sshd, short, dense):
+    """A bench of its own process, interrupted as a terminal would."""
+    code = (
+        "import sys, pathlib\nfrom prunectl.bench.devices import devices\nfrom prunectl.bench.records import *\n"
+        f"job = Job((OnnxModel(pathlib.Path({str(dense.path)!r}), 'dense'),))\n"
+        f"settings = Settings(warmup_s=0.1, duration_s=30, idle_s=0.1, refresh_probe_s=0.1, python=({standin_board.board_python()!r},))\n"
+        "devices.get('jetson')(job, settings, target='board', say=lambda text: print(text, flush=True))\n"
+    )
+    with sshd(board) as server:
+        env = {**os.environ, "PRUNECTL_SSH": server.ssh}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True
+        )
+        for line in process.stdout:
+            if "repeat 1" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=15) != 0
+        process.stdout.close()
+        assert board.leftovers() == []
+
+
+# ------------------------------------------------------------------------------------------------------- host names
+
+
+@pytest.mark.parametrize(
+    "host", ["", "-oProxyCommand=touch owned", "a b", "a;b", "$(id)", "a\nb", "user@-oProxyCommand=x", "-l@host", "a`id`", "a'b", "@"]
+)
+def test_hostile_host_names(host):
+    with pytest.raises(UsageError, match="not of the form USER@HOST"):
+        ssh.argv(host, ["true"])
+
+
+@pytest.mark.parametrize(
+    "host", ["tx2", "nvidia@192.168.1.7", "ubuntu@tx2.local", "my_alias", "ssh://nvidia@tx2:2222", "nvidia@[fe80::1%eth0]"]
+)
+def test_plain_host_names(host):
+    assert ssh.argv(host, ["true"])[-2:] == [host, "true"]
+
+
+def test_words_reach_the_remote_shell_quoted():
+    words = ["python3", "-c", "print('a b')", "$HOME", "x\ny", "--"]
+    line = ssh.argv("tx2", words)[-1]
+    said = subprocess.run(["sh", "-c", f'set -- {line}; for word in "$@"; do printf "%s\\0" "$word"; done'], capture_output=True, text=True)
+    assert said.stdout.split("\0")[:-1] == words
+
+
+def test_options_never_weaken_ssh():
+    line = " ".join(ssh.argv("tx2", ["true"])).lower()
+    assert "batchmode=yes" in line and "stricthostkeychecking" not in line and "userknownhostsfile" not in line
+
+
+def test_no_board_named(monkeypatch):
+    monkeypatch.delenv("PRUNECTL_JETSON", raising=False)
+    with pytest.raises(DeviceUnavailable, match=r"no Jetson.*--host.*PRUNECTL_JETSON"):
+        devices.get("jetson")(Job(), Settings(), say=quiet)

@@ -1,0 +1,356 @@
+"""deploy/agent.py by hand, under the board's Python, on boards in folders."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import standin_board
+from standin_board import AGENT, Board, Waveform
+from trtexec_flags import FLAGS
+
+PYTHON = standin_board.board_python()
+HASTE = ["--warmup-s", "0.1", "--duration-s", "0.2", "--repeats", "1", "--idle-s", "0.2", "--refresh-probe-s", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def agent():
+    """The agent as a module, for its pure functions."""
+    spec = importlib.util.spec_from_file_location("agent", AGENT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def board(tmp_path: Path) -> Board:
+    """A TX2 whose TensorRT is 8.6, which can do windows of a fraction of a second."""
+    made = standin_board.tx2(tmp_path / "board")
+    made.set_trtexec(version=8601)
+    return made
+
+
+def call(board: Board, *words: object, **popen: object) -> subprocess.Popen:
+    argv = [PYTHON, str(AGENT), *map(str, words)]
+    return subprocess.Popen(argv, env={**os.environ, **board.env}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+
+
+def bench(board: Board, *words: object) -> dict:
+    """The raw record of `agent.py bench`."""
+    process = call(board, "bench", *HASTE, *words)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def refusal(board: Board, *words: object) -> str:
+    process = call(board, "bench", *HASTE, *words)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 5 and out == "", err
+    return err
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    path = tmp_path / "dense 'v1'\n.onnx"
+    path.write_bytes(os.urandom(4000))
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- what it is made of
+
+
+def test_standard_library_only_and_short():
+    text = AGENT.read_text()
+    imported = {name for node in ast.walk(ast.parse(text)) for name in _imports(node)}
+    assert imported <= set(sys.stdlib_module_names)
+    assert text.count("\n") < 700
+
+
+def _imports(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name.split(".")[0] for alias in node.names]
+    return [(node.module or "").split(".")[0]] if isinstance(node, ast.ImportFrom) else []
+
+
+def test_vermin_finds_nothing_newer_than_python_36():
+    vermin = shutil.which("vermin", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert vermin, "this test needs vermin: pip install -e '.[dev]'"
+    said = subprocess.run([vermin, "-t=3.6-", "--violations", str(AGENT)], capture_output=True, text=True)
+    assert said.returncode == 0, said.stdout
+
+
+def test_the_trainer_is_python_36_too(agent, tmp_path):
+    (tmp_path / "trainer.py").write_text(agent.TRAINER)
+    assert subprocess.run([PYTHON, "-m", "py_compile", str(tmp_path / "trainer.py")]).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------- TensorRT's dialects
+
+
+@pytest.mark.parametrize("version", sorted(FLAGS))
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("spin_wait", [False, True])
+def test_every_flag_is_known_to_its_trtexec(agent, version, precision, spin_wait):
+    request = dict(agent.DEFAULTS, precision=precision, sparsity="enable", spin_wait=spin_wait)
+    parts = (
+        (version // 1000, version // 100 % 10, version % 100)
+        if version < 10000
+        else (version // 10000, version // 100 % 100, version % 100)
+    )
+    build = agent.build_command(parts, "trtexec", "m.onnx", "m.plan", "t.cache", request, 1024, "input:1x3x32x32")
+    run = agent.run_command(parts, "trtexec", "m.plan", "t.json", request, "input:1x3x32x32")
+    for command in (build, run):
+        assert {word[2:].split("=")[0] for word in command[1:]} <= FLAGS[version]
+
+
+@pytest.mark.parametrize("version", [8201, 110100])
+def test_the_oldest_and_the_newest_tensorrt(board, dense, version):
+    board.set_trtexec(version=version)
+    raw = bench(board, dense)
+    assert raw["environment"]["tensorrt"] == {8201: "8.2.1", 110100: "11.1.0"}[version]
+    assert raw["windows"][-1]["latency_ns"][0] == pytest.approx(4e6, rel=0.01)
+
+
+def test_tensorrt_7_is_refused(board, dense):
+    text = board.trtexec.read_text().replace('SETTINGS.get("version", 8201)', "7103").replace("FLAGS[VERSION]", "COMMON")
+    board.trtexec.write_text(text)
+    assert "TensorRT 7.1 is too old" in refusal(board, dense)
+
+
+def test_the_warm_up_is_left_out(board, dense):
+    """8.2 exports the warm-up's rows as well."""
+    board.set_trtexec(version=8201)
+    raw = bench(board, dense, "--warmup-s", "0.5")
+    window = raw["windows"][-1]
+    assert (window["end_ns"] - window["start_ns"]) / 1e9 == pytest.approx(1.0, abs=0.1)
+    assert sum(window["latency_ns"]) / 1e9 <= (window["end_ns"] - window["start_ns"]) / 1e9
+
+
+# -------------------------------------------------------------------------------------------------------------- sensors
+
+
+@pytest.mark.parametrize(("iio", "unplugged"), [((0, 1), None), ((3, 2), None), ((1, 0), "VDD_4V0_WIFI")])
+def test_rails_of_l4t_r32_by_name(tmp_path, iio, unplugged):
+    board = standin_board.tx2(tmp_path / "board", iio=iio, unplugged=unplugged)
+    board.sensor_files()["VDD_IN"].write_text("4321\n")
+    raw = bench(board)
+    names = [rail["name"] for rail in raw["power"]["rails"]]
+    assert names[0] == "VDD_IN" and set(names) == {*standin_board.RAILS_40, *standin_board.RAILS_41} - {unplugged}
+    assert set(raw["power"]["values"]["VDD_IN"]) == {4321}
+    assert [rail["name"] for rail in raw["power"]["skipped"]] == ([unplugged] if unplugged else [])
+    assert raw["environment"]["nvpmodel"] == {"name": "MAXN", "id": 0} and raw["environment"]["board"] == "quill"
+    assert "temp_PMIC-Die_mc" not in raw["telemetry"]["values"] and set(raw["telemetry"]["values"]["gpu_hz"]) == {1300500000}
+
+
+def test_rails_of_jetpack_5_and_6(tmp_path):
+    board = standin_board.orin(tmp_path / "board")
+    raw = bench(board)
+    assert [rail["name"] for rail in raw["power"]["rails"]] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
+    assert raw["power"]["source"] == "ina3221-hwmon"
+    assert set(raw["power"]["values"]["VDD_IN"]) == {1500.0}  # 5000 mV * 300 mA
+
+
+@pytest.mark.parametrize(
+    ("line", "milliwatts"),
+    [
+        (
+            "RAM 1004/7852MB (lfb 7x2MB) CPU [0%@350,4%@345,2%@499] EMC_FREQ 17%@40 GR3D_FREQ 0%@114 APE 150 PLL@34C PMIC@100C "
+            "thermal@33.2C VDD_SYS_GPU 153/153 VDD_SYS_SOC 383/383 VDD_IN 1876/1876 VDD_SYS_DDR 134/134",
+            {"VDD_IN": 1876, "VDD_SYS_GPU": 153, "VDD_SYS_SOC": 383, "VDD_SYS_DDR": 134},
+        ),
+        (
+            "RAM 2448/15388MB (lfb 2846x4MB) SWAP 0/7694MB (cached 0MB) CPU [1%@729,off] GR3D_FREQ 0% cpu@45.8C "
+            "VDD_IN 4722mW/4722mW VDD_CPU_GPU_CV 720mW/720mW VDD_SOC 1421mW/1421mW",
+            {"VDD_IN": 4722, "VDD_CPU_GPU_CV": 720, "VDD_SOC": 1421},
+        ),
+    ],
+)
+def test_tegrastats_where_no_file_answers(board, line, milliwatts):
+    shutil.rmtree(board.root / "sys/bus")
+    tegrastats = board.root / "usr/bin/tegrastats"
+    standin_board.write(tegrastats, f"#!/bin/sh\nwhile sleep 0.05; do echo '{line}'; done")
+    tegrastats.chmod(0o755)
+    raw = bench(board)
+    assert raw["power"]["source"] == "tegrastats"
+    assert {name: set(values) for name, values in raw["power"]["values"].items()} == {name: {mw} for name, mw in milliwatts.items()}
+    assert len(raw["power"]["t_ns"]) >= 5
+    assert board.leftovers() == []
+
+
+def test_rapl_of_a_desktop_cpu(board):
+    shutil.rmtree(board.root / "sys/bus")
+    for zone, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:1", "package-1"),
+        ("intel-rapl:1:0", "core"),
+    ):
+        folder = board.root / "sys/class/powercap" / zone
+        standin_board.write(folder / "name", name)
+        standin_board.write(folder / "energy_uj", 123456)
+        standin_board.write(folder / "max_energy_range_uj", 262143328850)
+    raw = bench(board)
+    assert raw["power"]["source"] == "rapl"
+    assert [rail["name"] for rail in raw["power"]["rails"]] == ["package-0", "core-0", "package-1", "core-1"]
+    assert raw["power"]["rails"][0] == {"name": "package-0", "unit": "uJ", "wrap": 262143328850}
+
+
+def test_no_sensor_is_a_reason_and_not_a_zero(board, dense):
+    shutil.rmtree(board.root / "sys/bus")
+    raw = bench(board, dense)
+    assert raw["power"]["source"] is None and raw["power"]["reason"].startswith("no power sensor answers: looked for INA3221")
+    assert raw["power"]["t_ns"] == [] and [w["kind"] for w in raw["windows"]] == ["load"]
+
+
+def test_a_rail_that_goes_away_is_null_from_then_on(board):
+    gone = board.sensor_files()["VDD_SYS_DDR"]
+    process = call(board, "sample", "--root", board.root, stdin=subprocess.PIPE)
+    assert json.loads(process.stdout.readline())["source"] == "ina3221-iio"
+    time.sleep(0.3)
+    gone.write_text("")
+    time.sleep(0.3)
+    seen = json.loads(process.communicate(timeout=10)[0])
+    values = seen["values"]["VDD_SYS_DDR"]
+    assert values[0] == 1002 and values[-1] is None and None not in seen["values"]["VDD_IN"]
+
+
+def test_the_sampler_is_cheap(board):
+    """20 Hz on six rails: under 2 % of a core, by the kernel's own account of the process."""
+    process = call(board, "sample", "--root", board.root, stdin=subprocess.PIPE)
+    process.stdout.readline()
+    ticks, begin = cpu_ticks(process.pid), time.monotonic()
+    time.sleep(5.0)
+    share = (cpu_ticks(process.pid) - ticks) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - begin)
+    seen = json.loads(process.communicate(timeout=10)[0])
+    assert share < 0.02
+    assert seen["sampler"]["cpu_s"] / seen["sampler"]["wall_s"] < 0.02
+    assert len(seen["t_ns"]) == pytest.approx(100, abs=15)
+
+
+def cpu_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
+
+
+# ---------------------------------------------------------------------------------------------- how it ends, and stays
+
+
+def running_bench(board: Board, dense: Path, **popen: object) -> subprocess.Popen:
+    """An agent in the middle of a long window."""
+    process = call(board, "bench", dense, *HASTE, "--duration-s", "60", **popen)
+    for line in process.stderr:
+        if "repeat 1" in line:
+            break
+    time.sleep(0.5)
+    assert board.running()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_however_it_is_ended_nothing_stays(board, dense, number):
+    process = running_bench(board, dense)
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert board.leftovers() == []
+
+
+def test_nobody_listens_any_more(board, dense):
+    process = running_bench(board, dense)
+    process.stdout.close()
+    process.wait(timeout=10)
+    process.stderr.close()
+    assert board.leftovers() == []
+
+
+def test_the_guard_killed_too(board, dense):
+    """What a power cut leaves, the next bench clears."""
+    process = running_bench(board, dense)
+    agent, guard, *_ = board.agents()
+    os.kill(guard, signal.SIGKILL)
+    os.kill(agent, signal.SIGKILL)
+    process.communicate(timeout=10)
+    for line in board.running():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
+    assert list(board.cache.glob("session-*"))
+    bench(board)
+    assert board.leftovers() == []
+
+
+def test_the_sampler_killed_is_a_reason(board, dense):
+    process = call(board, "bench", dense, *HASTE, "--duration-s", "2")
+    for line in process.stderr:
+        if "repeat 1" in line:
+            break
+    time.sleep(0.3)
+    assert len(board.agents()) == 3
+    os.kill(board.agents()[-1], signal.SIGKILL)
+    out = process.communicate(timeout=30)[0]
+    raw = json.loads(out)
+    assert raw["power"]["reason"] == "the sampler process died" and raw["power"]["source"] is None
+    assert raw["windows"][-1]["latency_ns"]
+    assert board.leftovers() == []
+
+
+def test_a_second_bench_is_refused(board, dense):
+    first = running_bench(board, dense)
+    assert "another bench is running on this board" in refusal(board, dense)
+    first.kill()
+    first.communicate()
+    assert board.leftovers() == []
+    assert bench(board)["windows"]  # and allowed again at once
+
+
+def test_an_engine_is_built_once(board, dense):
+    first, second = bench(board, dense), bench(board, dense)
+    assert [raw["artifacts"][0]["engine"]["cached"] for raw in (first, second)] == [False, True]
+    assert first["artifacts"][0]["engine"]["command"] == second["artifacts"][0]["engine"]["command"]
+    third = bench(board, dense, "--precision", "fp32")
+    assert not third["artifacts"][0]["engine"]["cached"]
+
+
+def test_output_file_is_whole_or_not_there(board, dense, tmp_path):
+    out = tmp_path / "raw.json"
+    process = call(board, "bench", dense, *HASTE, "-o", out)
+    process.communicate(timeout=60)
+    assert json.loads(out.read_text())["schema"] == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_protocol_and_unknown_words_are_refused(board):
+    for request in ({"protocol": 2}, {"protocol": 1, "warmup": 3}):
+        body = json.dumps(request)
+        process = call(board, "serve", stdin=subprocess.PIPE)
+        out = process.communicate(f"{len(body):012d}{body}", timeout=20)[0]
+        events = [json.loads(line.partition(":")[2]) for line in out.splitlines()]
+        assert [event["event"] for event in events] == ["hello", "error"]
+        assert events[1]["kind"] == "version" and "this agent speaks protocol 1" in events[1]["message"]
+
+
+def test_every_word_of_a_request_is_in_the_protocol(agent):
+    protocol = (AGENT.parent / "PROTOCOL.md").read_text()
+    missing = [name for name in agent.DEFAULTS if f"`{name}`" not in protocol]
+    assert missing == [] and f"protocol {agent.PROTOCOL}" in protocol.lower()
+
+
+def test_power_follows_the_waveform(board, dense):
+    """Every reading is one the sensor gave: the means of the wave over its refreshes."""
+    wave = Waveform(6000, ((800, 0.7, 0.3),), (1500, 1.3, 0.4))
+    with board.powered({"VDD_IN": wave}, quantum_mw=4):
+        raw = bench(board, dense)
+    t, values = raw["power"]["t_ns"], raw["power"]["values"]["VDD_IN"]
+    # each reading shows one refresh of 50 ms that ended at most 50 ms (and a scheduling delay) ago
+    errors = []
+    for stamp, value in zip(t, values, strict=True):
+        end = stamp / 1e9
+        candidates = [wave.integral(end - lag - 0.05, end - lag) / 0.05 for lag in (i * 0.001 for i in range(70))]
+        errors.append(min(abs(value - c) for c in candidates))
+    assert sorted(errors)[int(0.95 * len(errors))] < 40
