@@ -15,7 +15,6 @@ from prunectl.errors import ExitStatus, PrunectlError, UnknownName, UsageError
 
 app = typer.Typer(
     name="prunectl",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -66,11 +65,17 @@ _MODULES = {
 }
 
 
-@app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", help="print the version and stop", is_eager=True)] = False) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"prunectl {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -128,7 +133,8 @@ def find_ticket(
     window: Annotated[int | None, typer.Option("--window", help="how many past probes must be that near")] = None,
     probe: Annotated[str | None, typer.Option("--probe", help="batch (training images) or canvas (a plane through two)")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="inherit, reinit or rewind:E")] = None,
-    merge: Annotated[bool | None, typer.Option("--merge/--no-merge", help="fold removed near-duplicates into their keepers")] = None,
+    repair: Annotated[str | None, typer.Option("--repair", help="what stands in for removed channels: none, merge or reconstruct")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="the same as --repair merge")] = False,
     round_to: Annotated[str | None, typer.Option("--round-to", help="auto, or a multiple for every width")] = None,
     keep: Annotated[str | None, typer.Option("--keep", metavar="REGEX", help="layers that keep all channels")] = None,
     search_only: Annotated[bool | None, typer.Option("--search-only", help="stop after the draw")] = None,
@@ -165,7 +171,7 @@ def find_ticket(
         "window": window,
         "probe": probe,
         "weights": weights,
-        "merge": merge,
+        "repair": "merge" if merge else repair,
         "round_to": int(round_to) if round_to and round_to.lstrip("-").isdigit() else round_to,
         "keep": keep,
         "search_only": search_only,
@@ -299,6 +305,9 @@ def main() -> None:
 
 
 def _run(argv: list[str]) -> int:
+    if not argv:
+        _run(["--help"])
+        return ExitStatus.USAGE
     try:
         status = app(argv, prog_name="prunectl", standalone_mode=False)
         return int(status or 0)

@@ -72,7 +72,9 @@ class Ticket(_Section):
     criterion: str = "spline"
     rho: float = Field(0.05, ge=0, description="weight of the bias term of the spline criterion")
     scope: Literal["layerwise", "global"] = "layerwise"
-    merge: bool = Field(False, description="add a removed near-duplicate's outgoing weights to its keeper")
+    repair: Literal["none", "merge", "reconstruct"] = Field(
+        "reconstruct", description="what stands in for removed channels: near-copies (merge), or a fitted mix of all that stay"
+    )
     keep: str | None = Field(None, description="regular expression of layers that keep all channels")
     round_to: Literal["auto"] | int = "auto"
     weights: str = "inherit"

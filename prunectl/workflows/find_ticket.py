@@ -20,6 +20,7 @@ from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
 from prunectl.pruning.merge import merge_
 from prunectl.pruning.recalibrate import recalibrate_
+from prunectl.pruning.reconstruct import reconstruct_
 from prunectl.pruning.surgery import Compacted, carry, compact, replay
 from prunectl.pruning.ticket import TicketPlan, check_against_plan, plan_ticket
 from prunectl.recipe import Recipe, Ticket
@@ -30,6 +31,7 @@ from prunectl.workflows.session import Options, Session, adopt, averaged, begin,
 
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
+REPAIR_IMAGES, REPAIR_BATCH = 512, 64
 
 
 def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:
@@ -65,10 +67,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     at_draw = session.accuracy("val", dense).top1
     session.write_model("dense", dense)
     plan = _plan(session, settings)
-    source = dense
-    if settings.merge:
-        source = copy.deepcopy(dense)
-        merge_(source, plan.graph, plan.dropped, rho=settings.rho)
+    source = _repaired(session, settings, plan)
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
     momentum = carry(momentum_of(dense, session.state.optimizer), small.index)
@@ -90,6 +89,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "detector": search.deciding,
         "criterion": settings.criterion,
         "scope": settings.scope,
+        "repair": settings.repair,
         "weights": settings.weights,
         **plan.to_dict(),
         "params": {"dense": plan.dense.params, "ticket": counted.params},
@@ -98,6 +98,19 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "members": {g.name: [m.layer for m in g.members] for g in plan.graph.groups},
         "locked": {g.name: g.locked for g in plan.graph.groups if g.locked},
     }
+
+
+def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module:
+    """A copy of the dense network whose surviving channels stand in for those that will go."""
+    source = copy.deepcopy(session.state.model)
+    if settings.repair == "merge":
+        merge_(source, plan.graph, plan.dropped, rho=settings.rho)
+    elif settings.repair == "reconstruct":
+        batches = session.data.eval_batches("train", batch_size=REPAIR_BATCH, limit=REPAIR_IMAGES)
+        with session.place.autocast():
+            seen = reconstruct_(source, plan.graph, plan.dropped, (session.place.images(x) for x, _ in batches))
+        session.spent_flops += cost.forward_flops(session.macs, seen)
+    return source
 
 
 def _plan(session: Session, settings: Ticket) -> TicketPlan:
