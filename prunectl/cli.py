@@ -244,6 +244,53 @@ def export(
         raise typer.Exit(ExitStatus.DEVICE)
 
 
+@app.command()
+def bench(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN|ONNX ...]", help="default runs/latest: its dense and pruned network")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, jetson or replay:FILE")] = "cpu",
+    host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board; else $PRUNECTL_JETSON")] = None,
+    train: Annotated[bool, typer.Option("--train", help="time training steps too")] = False,
+    batch: Annotated[int, typer.Option("--batch", help="images a call")] = 1,
+    warmup: Annotated[float | None, typer.Option("--warmup", help="seconds before each window")] = None,
+    duration: Annotated[float | None, typer.Option("--duration", help="seconds of each window")] = None,
+    repeats: Annotated[int | None, typer.Option("--repeats", help="interleaved windows of each network")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="short windows, labelled so")] = False,
+    baseline: Annotated[Path | None, typer.Option("--baseline", help="what the others are compared with")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: every core allowed)")] = None,
+    data_dir: DataDirOpt = None,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Measure latency and energy, here or on a board.
+
+    Example: prunectl bench --device jetson --host nvidia@tx2
+    """
+    ui = _ui(json, quiet, verbose, no_progress)
+    from prunectl.workflows import bench as workflow
+
+    request = workflow.Request(
+        paths=tuple(paths or ()),
+        device=device,
+        host=host,
+        train=train,
+        batch=batch,
+        warmup_s=warmup,
+        duration_s=duration,
+        repeats=repeats,
+        quick=quick,
+        baseline=baseline,
+        threads=threads,
+        data_dir=data_dir,
+    )
+    result = workflow.bench(request, ui)
+    workflow.show(result, ui)
+    ui.document(result)
+
+
 @app.command("list")
 def list_(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTS))] = None,

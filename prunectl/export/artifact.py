@@ -75,10 +75,11 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a network comes from: the run that trained it and what was pruned."""
+    """Where a network comes from: the run that trained it, what was pruned, and the sha256 of its saved weights."""
 
     run: str = ""
     pruning: Mapping[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True)

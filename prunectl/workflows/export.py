@@ -52,13 +52,14 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     """Writes, proves and measures; the result says what exists and what could not be built here.
 
     outcome: `exported`, or `bundled` when an engine was asked for and nothing here can build one (exit 5)."""
-    profile = load_profile(request.profile or _default_profile(request))
+    request = replace(request, profile=request.profile or _default_profile(request))
+    profile = load_profile(str(request.profile))
     profile.check_precision(request.precision)
     folder = compactmodel.locate(request.path)
     saved = compactmodel.read(folder)
     module, pattern = _network(saved, request)
     spec = InputSpec.from_data(saved.plan["data"])
-    target = (request.out or _run_of(folder) / "export") / f"{_stem(folder, request)}-{profile.name}-{request.precision}.onnx"
+    target = target_of(request)
     images = _images(saved.plan, request, ui)
     fp32 = onnx.build(module, spec, profile, batch=request.batch)
     verify.require_cost(verify.recount(module, fp32, spec))
@@ -69,7 +70,8 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     if pattern:
         profile.check_sparsity(f"{pattern[0]}:{pattern[1]}")
         sparsity.require_pattern(zeros)
-    provenance = Provenance(saved.plan["parent"], {"steps": len(saved.plan["steps"]), "params": saved.plan["params"]})
+    pruning = {"steps": len(saved.plan["steps"]), "params": saved.plan["params"]}
+    provenance = Provenance(saved.plan["parent"], pruning, saved.plan["weights_sha256"])
     record = onnx.save(model, target, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
     record = _measured_file(target, record, images, ui)
     if request.precision == "int8":
@@ -109,6 +111,13 @@ def lint_only(path: Path, profile: str | None, ui: Console) -> dict[str, Any]:
         ui.say(f"{path}: nothing known against it for {chosen.reader}")
     result = {"schema": 1, "verb": "export", "outcome": "linted", "profile": chosen.name, "artifacts": []}
     return {**result, "lint": [asdict(f) for f in findings], "warnings": list(ui.warnings)}
+
+
+def target_of(request: Request) -> Path:
+    """Where the file of a request with a profile goes: export/ of its run, named after network, profile and precision."""
+    folder = compactmodel.locate(request.path)
+    parent = request.out or _run_of(folder) / "export"
+    return parent / f"{_stem(folder, request)}-{request.profile}-{request.precision}.onnx"
 
 
 def _default_profile(request: Request) -> str:
