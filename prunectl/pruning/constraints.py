@@ -260,7 +260,7 @@ def nm_mask(x: Tensor, n: int, m: int) -> Tensor:
 
     By m(m-1)/2 comparisons of slices, so without a sort or an index. Raises UsageError if x does not qualify."""
     members = _channel_groups(x.abs(), m).movedim(2, 0).contiguous()
-    beaten_by = torch.zeros(members.shape, dtype=torch.int8, device=x.device)
+    beaten_by = torch.zeros_like(members, dtype=torch.int8)
     for i in range(m):
         for j in range(i + 1, m):
             first_wins = members[i] >= members[j]

@@ -73,7 +73,7 @@ def _guarded_gamma(norm: Tensor, distance: Tensor, lr: float, rescale: Rescale, 
 
 
 def _norm(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32 if x.itemsize < 4 else x.dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=_precise(x))
     return norm
 
 
@@ -288,7 +288,7 @@ class SFW(Optimizer):
                 [self._momentum(p) for p, _ in members],
                 [_gradient(p, group) for p, group in members],
                 [self.state[p]["step"] for p, _ in members],
-                [torch.full((), getattr(group["constraint"], "radius", 1.0), device=p.device) for p, group in members],
+                [torch.full((), getattr(group["constraint"], "radius", 1.0), dtype=_precise(p), device=p.device) for p, group in members],
             ]
             advance = functools.partial(_advance_, finite=finite, options=options)
             if len(members) == 1:
@@ -298,7 +298,7 @@ class SFW(Optimizer):
                 clamped = torch.func.vmap(advance)(*stacked)
                 for column, values in zip(columns[:2], stacked[:2], strict=True):
                     torch._foreach_copy_(column, list(values.unbind()))
-            torch._foreach_add_([self.state[p]["step"] for p, _ in members], finite.float())
+            torch._foreach_add_([self.state[p]["step"] for p, _ in members], [finite.float()] * len(members))
             self._counts["clamped"] += clamped.sum()
 
 
@@ -318,16 +318,21 @@ def _unit(constraint: ConstraintSet) -> ConstraintSet:
 
 def _advance_(w: Tensor, m: Tensor, g: Tensor, steps: Tensor, radius: Tensor, *, finite: Tensor, options: _Options) -> Tensor:
     """w and m after one step, in place, unchanged if not `finite`; the result says whether the step was clamped."""
-    weight = torch.where(steps > 0, 1 - options.momentum, 1.0).to(m.dtype)
-    m.lerp_(torch.where(finite, g, m), weight)
+    weight = torch.where(steps > 0, torch.full_like(steps, 1 - options.momentum, dtype=m.dtype), 1)
+    m.copy_(torch.lerp(m, torch.where(finite, g, m), weight))
     if isinstance(options.unit, Unconstrained):
-        w.sub_(m * torch.where(finite, options.lr, 0.0))
+        w.sub_(torch.where(finite, m, 0), alpha=options.lr)
         return torch.zeros_like(finite)
     v = options.unit.lmo(m) * radius.to(m.dtype)
     diameter = options.unit.diameter(w.shape) * radius
-    gamma = torch.where(finite, _guarded_gamma(_norm(m), _distance(w, v), options.lr, options.rescale, diameter), 0)
-    w.lerp_(v, gamma.clamp(max=1).to(w.dtype))
+    gamma = finite * _guarded_gamma(_norm(m), _distance(w, v), options.lr, options.rescale, diameter)
+    w.copy_(torch.lerp(w, v, gamma.clamp(max=1).to(w.dtype)))
     return gamma > 1
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """What norms and scales of x are computed in."""
+    return torch.float32 if x.itemsize < 4 else x.dtype
 
 
 def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:

@@ -134,13 +134,13 @@ static void step(Task *t, float *inside) {
     float at_least = value(t->kth), more = value(t->kth + 1);
     products(t, 0, cut, at_least, &ww, &wu, &uu);
     products(t, cut, t->n, more, &ww, &wu, &uu);
-    double scale = t->vertex == SIGNS ? -t->radius : -t->radius / sqrt(uu);
-    double distance2 = ww - 2 * scale * wu + scale * scale * uu;
+    float scale = (float)(t->vertex == SIGNS ? -t->radius : -t->radius / sqrt(uu));
+    double distance2 = ww - 2.0 * scale * wu + (double)scale * scale * uu;
     t->gamma = norm2 > 0 && distance2 > 0 ? (t->rescale == GRADIENT ? t->length * sqrt(norm2 / distance2) : t->length) : 0;
     if (t->gamma == 0) return;
     float gamma = t->gamma < 1 ? (float)t->gamma : 1.0f;
-    move(t, 0, cut, at_least, gamma, (float)scale);
-    move(t, cut, t->n, more, gamma, (float)scale);
+    move(t, 0, cut, at_least, gamma, scale);
+    move(t, cut, t->n, more, gamma, scale);
 }
 
 void sfw_steps(Task *tasks, int64_t count) {

@@ -49,7 +49,7 @@ class Workspace:
 def top_k(x: Tensor, k: int, *, workspace: Workspace | None = None) -> Tensor:
     """x on its k largest magnitudes and 0 elsewhere; same shape, dtype, device and memory format.
 
-    k >= x.numel() keeps everything. Temporary memory beside the result: a cache's worth on the CPU, up to 1.75 times x
+    1 <= k; k >= x.numel() keeps everything. Temporary memory beside the result: a cache's worth on the CPU, up to 1.75 times x
     elsewhere."""
     workspace = workspace or Workspace()
     if x.device.type != "cpu":
@@ -67,9 +67,9 @@ def top_k(x: Tensor, k: int, *, workspace: Workspace | None = None) -> Tensor:
 
 
 def top_k_mask(x: Tensor, k: int) -> Tensor:
-    """True on the k largest magnitudes of x, exactly k of them even where they are zeros; bool, shape of x."""
-    if k >= x.numel():
-        return torch.ones_like(x, dtype=torch.bool)
+    """True on the k largest magnitudes of x, exactly min(k, n) of them even where they are zeros; bool, shape of x, 0 <= k."""
+    if k == 0 or k >= x.numel():
+        return torch.full_like(x, k > 0, dtype=torch.bool)
     if x.device.type != "cpu":
         return _mask_without_sync(x, k)
     kth, surplus = _kth_largest(_bits(x), k)
