@@ -54,7 +54,7 @@ def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) ->
         windows=windows,
         power=sampler.power,
         telemetry=sampler.telemetry,
-        environment=_environment(sampler) | {"onnxruntime": ort.__version__, "threads": len(cores), "cores": cores},
+        environment=_environment(sampler) | {"onnxruntime": ort.__version__, "threads": len(cores), "cores": tuple(cores)},
         settings=dataclasses.asdict(settings),
     )
 
@@ -111,7 +111,7 @@ def is_jetson() -> bool:
 
 
 def _environment(sampler: HostSampler) -> dict[str, Any]:
-    return {**sampler.about["environment"], "torch": torch.__version__, "platform": platform.platform()}
+    return {**sampler.about["environment"], "torch": str(torch.__version__), "platform": platform.platform()}
 
 
 def _gpu_index(target: str | None) -> int:
@@ -122,7 +122,7 @@ def _gpu_index(target: str | None) -> int:
 
 def _module_artifact(task: TrainModel) -> Artifact:
     parameters = sum(p.numel() for p in task.module.parameters())
-    return Artifact(task.name, "module", None, task.input_shape[0], "fp32", {"torch": torch.__version__, "params": parameters})
+    return Artifact(task.name, "module", None, task.input_shape[0], "fp32", {"torch": str(torch.__version__), "params": parameters})
 
 
 def _interleave(

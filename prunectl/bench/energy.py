@@ -104,7 +104,8 @@ def refresh_ms(raw: RawBench) -> float:
 
 def quantum_mw(raw: RawBench) -> float:
     """The smallest step the headline sensor shows. Raises NotMeasured."""
-    rail = next(r for r in raw.power.rails if r.name == headline(raw.power.rails)[0])
+    names = headline(raw.power.rails)
+    rail = next(r for r in raw.power.rails if r.name == names[0])
     if rail.unit != "mW":
         raise NotMeasured("the sensor is a counter")
     return stats.quantum(readings(raw.power, rail.name)[1])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import standin_board
+
 from prunectl.bench.records import Settings
 
 # For the machinery only; what a bench measures is tested with longer windows.

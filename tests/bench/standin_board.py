@@ -152,7 +152,7 @@ class Board:
         return sorted(pids, key=lambda pid: int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]))
 
     def leftovers(self, within_s: float = 8.0) -> list[str]:
-        """What a bench left on the board beside its cached engines: folders, half files, processes, the lock. It may take a moment to go."""
+        """What a bench left on the board beside its cached engines: folders, half files, processes, the lock. It may take a moment."""
         until = time.monotonic() + within_s
         while True:
             files = [str(p) for p in self.cache.rglob("*") if "session" in p.name or p.suffix == ".part"] if self.cache.exists() else []
@@ -179,8 +179,9 @@ def _common(root: Path) -> Board:
         write(root / f"sys/class/thermal/thermal_zone{i}/type", kind)
         write(root / f"sys/class/thermal/thermal_zone{i}/temp", temp)
     board.trtexec.parent.mkdir(parents=True)
-    parts = [(HERE / name).read_text() for name in ("trtexec_flags.py", "trtexec_standin.py")]
-    board.trtexec.write_text(f"#!{sys.executable}\n{''.join(parts)}")
+    board.trtexec.write_text(
+        f"#!{sys.executable}\nimport sys; sys.path.insert(0, {str(HERE)!r})\n{(HERE / 'trtexec_standin.py').read_text()}"
+    )
     board.trtexec.chmod(board.trtexec.stat().st_mode | stat.S_IXUSR)
     board.set_trtexec()
     nvpmodel = root / "usr/sbin/nvpmodel"

@@ -1,8 +1,8 @@
 """A stand-in for NVIDIA's trtexec: its words on stdout and stderr, its flags by version, its --exportTimes; no TensorRT.
 
-Flags and messages follow samples/trtexec and samples/common of github.com/NVIDIA/TensorRT (tags 8.2.1, 8.5.1, v8.6.1, v10.3.0,
-v11.1; trtexec_flags.py). Settings: trtexec.json beside this file. `mode`: ok (latency from the file's size), onnxruntime (runs the model for
-real), or a fault to act out."""
+Messages follow samples/trtexec and samples/common of github.com/NVIDIA/TensorRT, tag 8.2.1. Settings: trtexec.json beside this
+file. `version`: as trtexec writes it. `mode`: ok (a latency of a millisecond for each 1000 bytes), onnxruntime (runs the model
+for real), or a fault to act out, in the build or in the run: crash-build, hang-run, oom-build, garbage-run, ..."""
 
 import json
 import os
@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from trtexec_flags import FLAGS
 
 SETTINGS = json.loads(Path(__file__).with_name("trtexec.json").read_text())
 VERSION, MODE = SETTINGS.get("version", 8201), SETTINGS.get("mode", "ok")
@@ -29,16 +31,19 @@ def end(passed: bool) -> None:
 
 def act_out(phase: str) -> None:
     """The fault `mode` names, if it belongs to this phase."""
-    if MODE == f"crash-{phase}":
+    fault, _, when = MODE.partition("-")
+    if when != phase:
+        return
+    if fault == "crash":
         say("E", "Error[10]: [optimizer.cpp::computeCosts::2011] Error Code 10: Internal Error (Could not find any implementation)")
         end(False)
-    if MODE == f"hang-{phase}":  # deaf to polite signals, and with a child that is too
+    if fault == "hang":  # deaf to polite signals, and with a child that is too
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen(["sleep", "600"])
         time.sleep(600)
-    if MODE == f"oom-{phase}":  # what the kernel does
+    if fault == "oom":  # what the kernel does
         os.kill(os.getpid(), signal.SIGKILL)
-    if MODE == f"garbage-{phase}":
+    if fault == "garbage":
         sys.stdout.buffer.write(bytes(range(256)) * 64)
         sys.stdout.flush()
         sys.exit(0)
@@ -91,7 +96,8 @@ def infer(flags: dict) -> None:
         latency = next(stream)
         rows.append((begin, (time.monotonic() - zero) * 1e3, latency))
     measured = [row for row in rows if row[0] >= warm_ms]
-    keys = "startEnqMs endEnqMs startH2dMs endH2dMs startComputeMs endComputeMs startD2hMs endD2hMs h2dMs computeMs d2hMs latencyMs".split()
+    phases = [f"{edge}{phase}Ms" for phase in ("Enq", "H2d", "Compute", "D2h") for edge in ("start", "end")]
+    keys = [*phases, "h2dMs", "computeMs", "d2hMs", "latencyMs"]
     with open(flags["exportTimes"], "w") as f:  # six significant digits, as a C++ stream writes floats
         f.write("[\n")
         for i, (a, b, ms) in enumerate(rows if VERSION < 8600 else measured):

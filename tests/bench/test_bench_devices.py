@@ -1,0 +1,277 @@
+"""Devices of this machine: what they measure agrees with a clock held beside them."""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxruntime as ort
+import pytest
+import standin_board
+import torch
+from small_models import onnx_model, train_model
+
+from prunectl.bench import devices as room
+from prunectl.bench.board import agent_path, measure_here
+from prunectl.bench.devices import devices, parse
+from prunectl.bench.records import Job, OnnxModel, RawBench, Settings
+from prunectl.bench.report import report
+from prunectl.bench.sampling import GpuEnergyCounter
+from prunectl.errors import CorruptFile, DeviceUnavailable, UnknownName, UsageError
+
+SWIFT = Settings.for_host(warmup_s=0.05, duration_s=0.2, iterations=5, repeats=3, idle_s=0.1, threads=1)
+quiet = lambda text: None  # noqa: E731
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[OnnxModel, OnnxModel]:
+    return onnx_model(tmp_path, "dense", 48), onnx_model(tmp_path, "pruned", 24)
+
+
+def test_the_registry_and_its_index_agree():
+    assert devices.names() == ["cpu", "cuda", "jetson", "replay"]
+    for name, text in devices.help().items():
+        assert devices.get(name).__doc__.strip().split("\n")[0] == text
+
+
+def test_a_device_and_its_target():
+    assert parse("cpu") == ("cpu", None)
+    assert parse("cuda:1") == ("cuda", "1")
+    assert parse("jetson:nvidia@tx2") == ("jetson", "nvidia@tx2")
+    assert parse("replay:runs/a:b/raw.json") == ("replay", "runs/a:b/raw.json")
+    with pytest.raises(UnknownName, match="did you mean jetson"):
+        parse("jetsn")
+
+
+# ----------------------------------------------------------------------------------------------------------------- cpu
+
+
+def test_two_models_in_turns_on_the_cpu(pair):
+    before = os.sched_getaffinity(0), torch.get_num_threads()
+    raw = devices.get("cpu")(Job(pair), SWIFT, say=quiet)
+    assert (os.sched_getaffinity(0), torch.get_num_threads()) == before
+    loads = [w for w in raw.windows if w.kind == "load"]
+    assert [w.artifact for w in loads] == [0, 1] * 3
+    assert all(a.end_ns <= b.start_ns for a, b in itertools.pairwise(loads))
+    assert raw.environment["threads"] == len(raw.environment["cores"]) == 1
+    for window in loads:
+        assert len(window.latency_ns) >= 5 and sum(window.latency_ns) == window.end_ns - window.start_ns
+    result = report(raw)
+    ratio = result.ratios[0]
+    assert (ratio.metric, ratio.numerator, ratio.denominator) == ("latency_ms", "pruned", "dense")
+    assert ratio.median < 0.7  # a quarter of the MACs
+    if raw.power.source is None:
+        assert result.reports[0].energy.mj_per_inference is None
+        assert "no power sensor answers" in result.reports[0].energy.reason
+
+
+def test_every_core_this_process_may_use(pair):
+    raw = devices.get("cpu")(Job(pair[:1]), dataclasses.replace(SWIFT, repeats=1, threads=None), say=quiet)
+    assert set(raw.environment["cores"]) == os.sched_getaffinity(0)
+    with pytest.raises(UsageError, match="may use"):
+        devices.get("cpu")(Job(pair[:1]), Settings(threads=4096), say=quiet)
+
+
+def independent_p50_ms(model: OnnxModel, seconds: float) -> float:
+    """A timing loop of our own, in its own process, as a sceptic would write it."""
+    code = (
+        "import sys, time, numpy, onnxruntime as ort\n"
+        "o = ort.SessionOptions(); o.intra_op_num_threads = len(__import__('os').sched_getaffinity(0))\n"
+        "s = ort.InferenceSession(sys.argv[1], o, providers=['CPUExecutionProvider'])\n"
+        "x = {i.name: numpy.random.randn(*i.shape).astype('f4') for i in s.get_inputs()}\n"
+        "for _ in range(20): s.run(None, x)\n"
+        "times, end = [], time.perf_counter() + float(sys.argv[2])\n"
+        "while time.perf_counter() < end:\n"
+        "    t = time.perf_counter(); s.run(None, x); times.append(time.perf_counter() - t)\n"
+        "print(numpy.median(times) * 1e3)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(model.path), str(seconds)], capture_output=True, text=True, check=True)
+    return float(said.stdout)
+
+
+def test_speed_up_agrees_with_an_independent_loop(pair):
+    """Loosely: other programs use this machine while the tests run. The 5 % are checked by the slow test below."""
+    ours = report(devices.get("cpu")(Job(pair), SWIFT, say=quiet)).ratios[0].median
+    theirs = independent_p50_ms(pair[1], 0.5) / independent_p50_ms(pair[0], 0.5)
+    assert ours == pytest.approx(theirs, rel=0.4)
+
+
+@pytest.mark.slow
+def test_speed_up_agrees_within_5_percent(tmp_path):
+    models = onnx_model(tmp_path, "dense", 64), onnx_model(tmp_path, "pruned", 32)
+    settings = Settings.for_host(warmup_s=0.5, duration_s=3.0, repeats=7)
+    ours = report(devices.get("cpu")(Job(models), settings, say=quiet)).ratios[0].median
+    theirs = statistics.median(independent_p50_ms(models[1], 3.0) / independent_p50_ms(models[0], 3.0) for _ in range(7))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_an_open_batch_takes_the_one_asked_for(tmp_path):
+    raw = devices.get("cpu")(Job((OnnxModel(onnx_model(tmp_path, "open", 8, batch="N").path, "open", batch=4),)), SWIFT, say=quiet)
+    assert raw.artifacts[0].batch == 4
+    first = report(raw).reports[0]
+    assert first.throughput_per_s == pytest.approx(4e3 / first.latency_ms["mean"], rel=0.2)  # images, not batches
+
+
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    with pytest.raises(UsageError, match=r"broken\.onnx: ONNX Runtime cannot load it"):
+        devices.get("cpu")(Job((OnnxModel(tmp_path / "broken.onnx", "broken"),)), SWIFT, say=quiet)
+
+
+def test_training_steps_on_the_cpu():
+    tasks = train_model("dense", 32), train_model("ticket", 8)
+    weights = tasks[0].module[0].weight.clone()
+    raw = devices.get("cpu")(Job(train=tasks), SWIFT, say=quiet)
+    assert torch.equal(tasks[0].module[0].weight, weights)  # a copy was trained
+    assert not tasks[0].module.training
+    result = report(raw)
+    assert result.reports[0].train.steps == 30 and result.reports[0].latency_ms is None
+    ratio = result.ratios[0]
+    assert (ratio.metric, ratio.numerator, ratio.denominator) == ("ms_per_step", "ticket", "dense")
+    assert ratio.median < 0.9
+    if raw.power.source is None:
+        assert result.reports[0].train.mj_per_step is None and "no power sensor" in result.reports[0].train.reason
+
+
+def test_power_of_the_host_is_read_like_a_rail(pair, board, monkeypatch):
+    """The sampler of --device cpu, on a machine that has RAPL: a tree of it, its counter standing still."""
+    shutil.rmtree(board.root / "sys/bus")
+    folder = board.root / "sys/class/powercap/intel-rapl:0"
+    for name, text in (("name", "package-0"), ("energy_uj", 5_000_000), ("max_energy_range_uj", 2**32)):
+        standin_board.write(folder / name, text)
+    said = subprocess.run(
+        [sys.executable, str(agent_path()), "sample", "--root", str(board.root)], input="", capture_output=True, text=True
+    )
+    about, seen = map(json.loads, said.stdout.splitlines())
+    assert about["source"] == "rapl" and about["rails"][0]["unit"] == "uJ"
+    assert set(seen["values"]) == {"package-0"}
+
+
+# ---------------------------------------------------------------------------------------------------- cuda and replay
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_one_sentence(pair):
+    with pytest.raises(DeviceUnavailable, match="torch sees no CUDA GPU"):
+        devices.get("cuda")(Job(pair), Settings(), say=quiet)
+    with pytest.raises(UsageError, match="number of a GPU"):
+        devices.get("cuda")(Job(pair), Settings(), target="first", say=quiet)
+    counter = GpuEnergyCounter(0)
+    counter.mark()
+    assert counter.power().source is None and counter.power().reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_two_models_on_the_gpu(pair):
+    raw = devices.get("cuda")(Job(pair, (train_model("dense", 16),)), SWIFT, say=quiet)
+    assert {w.kind for w in raw.windows} >= {"load", "train"} and raw.environment["gpu"]
+
+
+def test_replay_says_what_the_bench_said(pair, tmp_path):
+    raw = devices.get("cpu")(Job(pair[:1]), SWIFT, say=quiet)
+    path = raw.write(tmp_path / "raw.json")
+    again = devices.get("replay")(Job(), Settings(), target=str(path), say=quiet)
+    assert again.to_dict() == raw.to_dict()
+    assert report(again) == report(raw)
+    with pytest.raises(UsageError, match="needs a file"):
+        devices.get("replay")(Job(), Settings(), say=quiet)
+    with pytest.raises(UsageError, match="No such file"):
+        RawBench.read(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.pop("windows"), "KeyError"),
+        (lambda r: r.update(schema=9), "is of schema 9"),
+        (lambda r: r["power"].update(t_ns=[1, 2]) or r["power"].update(values={"VDD_IN": [1]}), "1 readings of VDD_IN for 2 stamps"),
+        (lambda r: r["windows"][0].update(artifact=7), "a window of artifact 7, and 1 artifacts"),
+        (lambda r: r.update(power=3), "is no raw bench record"),
+    ],
+)
+def test_a_damaged_record_is_named(pair, tmp_path, change, words):
+    raw = json.loads(json.dumps(RAW.to_dict()))
+    change(raw)
+    (tmp_path / "raw.json").write_text(json.dumps(raw))
+    with pytest.raises(CorruptFile, match=words):
+        RawBench.read(tmp_path / "raw.json")
+
+
+RAW = RawBench.from_dict(
+    {
+        "schema": 1, "device": "cpu", "simulated": False, "settings": {}, "environment": {},
+        "artifacts": [{"name": "a", "kind": "onnx", "sha256": None, "batch": 1, "precision": "fp32"}],
+        "windows": [{"kind": "load", "artifact": 0, "repeat": 0, "start_ns": 0, "end_ns": 3, "latency_ns": [1, 2]}],
+        "power": {"source": None, "reason": "none", "rails": [], "t_ns": [], "values": {}}, "telemetry": {"t_ns": [], "values": {}},
+    }
+)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the board, for real
+
+
+def test_real_inference_on_the_board(board, pair, monkeypatch):
+    """The stand-in runs ONNX Runtime: the agent's latencies are those of the models."""
+    board.set_trtexec(version=8601, mode="onnxruntime")
+    for name, value in board.env.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(warmup_s=0.1, duration_s=0.3, iterations=5, repeats=1, idle_s=0.1, refresh_probe_s=0.1)
+    raw = measure_here(Job(pair), settings, say=quiet)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    dense, pruned = (float(r.latency_ms["p50"]) for r in report(raw).reports)
+    assert pruned < 0.7 * dense
+    session = ort.InferenceSession(str(pair[0].path), options, providers=["CPUExecutionProvider"])
+    feed = {node.name: torch.randn(node.shape).numpy() for node in session.get_inputs()}
+    times = []
+    for _ in range(60):
+        begin = time.monotonic()
+        session.run(None, feed)
+        times.append((time.monotonic() - begin) * 1e3)
+    assert dense == pytest.approx(statistics.median(times), rel=0.5)  # other programs use this machine too
+
+
+def test_a_model_in_two_files_is_refused_for_a_board(pair):
+    pair[0].path.with_name(pair[0].path.name + ".data").write_bytes(b"weights")
+    with pytest.raises(UsageError, match="export it as one file"):
+        measure_here(Job(pair), Settings(), say=quiet)
+
+
+def test_training_on_the_board(board, monkeypatch):
+    """A traced module trained by another Python's torch, with power; this Python's, unless $PRUNECTL_TORCH110_PYTHON names a 1.10."""
+    python = os.environ.get("PRUNECTL_TORCH110_PYTHON", sys.executable)
+    for name, value in board.env.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(repeats=1, idle_s=0.2, refresh_probe_s=0.1, train_python=python)
+    wave = standin_board.Waveform(6000, ((500, 1.1, 0.0),))
+    with board.powered({"VDD_IN": wave}):
+        raw = measure_here(Job(train=(train_model("dense", 16),)), settings, say=quiet)
+    result = report(raw)
+    assert raw.train_reason is None and result.reports[0].train.steps == 10
+    assert result.reports[0].train.mj_per_step == pytest.approx(6.0 * result.reports[0].train.ms_per_step, rel=0.25)  # 6 W
+    assert raw.windows[-1].details["trainer"]["loss"] > 0
+
+
+def test_training_without_torch_keeps_the_rest(board, pair, monkeypatch):
+    board.set_trtexec(version=8601)
+    for name, value in board.env.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings(
+        warmup_s=0, duration_s=0.2, iterations=5, repeats=1, idle_s=0.1, refresh_probe_s=0.1, python=(standin_board.board_python(),)
+    )
+    raw = measure_here(Job(pair[:1], (train_model("dense", 8),)), settings, say=quiet)
+    result = report(raw)
+    assert result.reports[0].latency_ms["p50"] > 0
+    if "No module named 'torch'" in (raw.train_reason or ""):
+        assert result.reports[1].train.ms_per_step is None and "the container has it" in result.reports[1].train.reason
+        assert any("training:" in w for w in result.warnings)
+
+
+def test_on_a_jetson_the_agent_runs_here(monkeypatch):
+    assert room.is_jetson() == Path("/etc/nv_tegra_release").exists()
