@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -22,7 +22,8 @@ app = typer.Typer(
     "Start with `prunectl demo`, or `prunectl find-ticket resnet8 fashion-mini`.",
 )
 
-ParseError = typer.BadParameter.__mro__[2]  # ClickException: typer brings its own click or the system's, by version
+# ClickException: typer brings its own click or the system's, by version
+ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
 
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="a registered, torchvision or timm/NAME network, or file.py:function")]
 DataArg = Annotated[str, typer.Argument(metavar="DATASET", help="a registered data set, or a folder with train/ and val/")]
@@ -107,9 +108,10 @@ def train(
     """
     overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": str(start) if start else None}
     settings = _recipe("train", model, dataset, recipe, sets, overrides)
+    ui = _ui(json, quiet, verbose, no_progress)
     if print_recipe:
-        return typer.echo(settings.to_yaml(), nl=False)
-    ui, options = _ui(json, quiet, verbose, no_progress), _options(out, device, data_dir, workers, resume, overwrite)
+        return _print_recipe(settings, ui)
+    options = _options(out, device, data_dir, workers, resume, overwrite)
     if dry_run:
         return _dry_run(settings, options, ui)
     from prunectl.workflows import train as workflow
@@ -179,9 +181,10 @@ def find_ticket(
     overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, **{f"ticket.{k}": v for k, v in ticket.items()}}
     settings = _recipe("find-ticket", model, dataset, recipe, sets, overrides)
     _check_names(settings)
+    ui = _ui(json, quiet, verbose, no_progress)
     if print_recipe:
-        return typer.echo(settings.to_yaml(), nl=False)
-    ui, options = _ui(json, quiet, verbose, no_progress), _options(out, device, data_dir, workers, resume, overwrite)
+        return _print_recipe(settings, ui)
+    options = _options(out, device, data_dir, workers, resume, overwrite)
     if dry_run:
         return _dry_run(settings, options, ui)
     from prunectl.workflows import find_ticket as workflow
@@ -295,13 +298,17 @@ def bench(
 def list_(
     kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help=", ".join(LISTS))] = None,
     json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
 ) -> None:
     """List what can be named: models, datasets, criteria, detectors, constraints, devices, profiles, recipes."""
     if kind is not None and kind not in LISTS:
         raise UnknownName("list", kind, LISTS)
     found = {k: _entries(k) for k in ([kind] if kind else LISTS)}
     if json:
-        return _ui(True, False, 0, True).document({"schema": 1, "verb": "list", **found})
+        _ui(json, quiet, verbose, no_progress).document({"schema": 1, "verb": "list", **found})
+        return
     for name, entries in found.items():
         typer.echo(f"{name}:")
         width = max(map(len, entries), default=0)
@@ -316,12 +323,15 @@ def show(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, or a folder with plan.json")] = Path("runs/latest"),
     why: Annotated[str | None, typer.Option("--why", metavar="LAYER", help="why this layer has its width")] = None,
     json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
 ) -> None:
     """Show a run's network: widths before and after, parameters, MACs.
 
     Example: prunectl show runs/latest --why layer3.0.conv1
     """
-    ui = _ui(json, False, 0, True)
+    ui = _ui(json, quiet, verbose, no_progress)
     from prunectl.workflows import show as workflow
 
     ui.document(workflow.show(path, ui, why=why))
@@ -394,7 +404,7 @@ def _place(e: OSError) -> str:
 def _complain(argv: list[str], message: str, status: ExitStatus | int) -> int:
     one_line = " ".join(message.split())
     sys.stderr.write(f"error: {one_line}\n")
-    if "--json" in argv:
+    if "--json" in argv and _is_first_rank():
         import json
 
         sys.stdout.write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
@@ -404,7 +414,14 @@ def _complain(argv: list[str], message: str, status: ExitStatus | int) -> int:
 def _ui(json: bool, quiet: bool, verbose: int, no_progress: bool) -> Any:
     from prunectl.console import Console
 
+    if not _is_first_rank():
+        return Console(verbosity=-1, progress=False)
     return Console(json=json, verbosity=-1 if quiet else verbose, progress=not no_progress)
+
+
+def _is_first_rank() -> bool:
+    """Of the processes that torchrun starts, one speaks; dist.rank says the same and would import torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _options(out: Path, device: str, data_dir: Path | None, workers: int | None, resume: bool, overwrite: bool) -> Any:
@@ -416,8 +433,13 @@ def _options(out: Path, device: str, data_dir: Path | None, workers: int | None,
 
 
 def _recipe(verb: str, model: str, dataset: str, file: Path | None, sets: list[str] | None, overrides: dict[str, Any]) -> Any:
+    from prunectl.data import datasets
+    from prunectl.models.names import resolve as known
     from prunectl.recipe import resolve
+    from prunectl.registry import canonical
 
+    known(model)
+    dataset = canonical(dataset) if dataset in datasets else dataset
     given = {k: v for k, v in overrides.items() if v is not None}
     return resolve(verb, model=model, dataset=dataset, file=file, overrides=given, sets=sets or [])
 
@@ -428,6 +450,12 @@ def _check_names(settings: Any) -> None:
         known = _entries(kind)
         if name.replace("_", "-").lower() not in known:
             raise UnknownName(LISTS[kind], name, known)
+
+
+def _print_recipe(settings: Any, ui: Any) -> None:
+    ui.document(settings.to_dict())
+    if not ui.json:
+        typer.echo(settings.to_yaml(), nl=False)
 
 
 def _dry_run(settings: Any, options: Any, ui: Any) -> None:

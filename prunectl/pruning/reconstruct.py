@@ -68,6 +68,7 @@ class _Moments:
 
 @torch.no_grad()
 def _stand_in(layer: nn.Module, gone: list[int], covariance: Tensor) -> None:
+    assert isinstance(layer, nn.Conv2d | nn.Linear)
     weight = layer.weight.data
     stays = torch.ones(weight.shape[1], dtype=torch.bool, device=covariance.device)
     lost = torch.tensor(gone, device=covariance.device)

@@ -46,7 +46,7 @@ def save(folder: Path, epoch: int, tensors: Mapping[str, Tensor], meta: Mapping[
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is whole, or None, and a sentence for each one passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in sorted(folder.glob("epoch-*.safetensors"), reverse=True):
         try:
             return _read(path), passed_over

@@ -65,7 +65,7 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
 
 
 def _settings(device: str, request: Request) -> Settings:
-    given = {"warmup_s": request.warmup_s, "duration_s": request.duration_s, "repeats": request.repeats, "threads": request.threads}
+    given: dict[str, Any] = {"warmup_s": request.warmup_s, "duration_s": request.duration_s, "repeats": request.repeats, "threads": request.threads}
     changes = {k: v for k, v in given.items() if v is not None}
     settings = Settings(**changes) if device == "jetson" else Settings.for_host(**changes)
     return settings.quick() if request.quick else settings
@@ -183,7 +183,7 @@ def show(result: dict[str, Any], ui: Console) -> None:
         interval = f", 95 % interval {ratio['ci95'][0]:.3f} to {ratio['ci95'][1]:.3f}" if ratio["ci95"] else f" ({ratio['reason']})"
         claim = "" if ratio["differs"] or not ratio["ci95"] else ": no difference can be claimed"
         ui.say(f"{ratio['metric']}: {ratio['numerator']} takes {ratio['median']:.3f} of {ratio['denominator']}{interval}{claim}")
-    reasons = {(r["energy"] or {}).get("reason") for r in result["reports"]} - {None}
+    reasons = {str(e["reason"]) for e in (r["energy"] for r in result["reports"]) if e and e["reason"]}
     for reason in sorted(reasons):
         ui.say(f"energy not measured: {reason}")
     ui.say(f"raw samples: {result['raw']}")

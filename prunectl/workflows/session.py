@@ -22,7 +22,6 @@ from prunectl.data import Dataset
 from prunectl.errors import CorruptFile, Interrupted, UsageError
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
-from prunectl.pruning.surgery import Dropped
 from prunectl.recipe import Recipe
 from prunectl.rundir import RunDir, discard_if_empty, opened, point_latest, read_jsonl
 from prunectl.training import checkpoint, compactmodel
@@ -366,7 +365,7 @@ def _saved_epoch(s: Session) -> int:
     return found.epoch if found else 0
 
 
-def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[Dropped | Any], nn.Module]:
+def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Architecture, pruning and weights of `train --from`."""
     saved = compactmodel.read(compactmodel.locate(Path(str(recipe.start))))
     theirs = saved.plan["model"]
