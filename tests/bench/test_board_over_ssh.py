@@ -302,3 +302,25 @@ def test_no_board_named(monkeypatch):
     monkeypatch.delenv("PRUNECTL_JETSON", raising=False)
     with pytest.raises(DeviceUnavailable, match=r"no Jetson.*--host.*PRUNECTL_JETSON"):
         devices.get("jetson")(Job(), Settings(), say=quiet)
+
+
+# ------------------------------------------------------------------------------------------------- a minute, in real time
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "refresh_s", "bound"), [("tx2", 0.05, 0.01), ("orin", 0.45, 0.03)])
+def test_a_minute_of_joules(tmp_path, sshd, dense, monkeypatch, layout, refresh_s, bound):
+    board = standin_board.tx2(tmp_path / "board", iio=(4, 1)) if layout == "tx2" else standin_board.orin(tmp_path / "board")
+    board.set_trtexec(version=8201 if layout == "tx2" else 8501)
+    wave = Waveform.random(11 if layout == "tx2" else 12)
+    settings = Settings(warmup_s=2, duration_s=60, repeats=1, idle_s=5, python=(standin_board.board_python(),))
+    with sshd(board) as server, board.powered({"VDD_IN": wave}, refresh_s=refresh_s, quantum_mw=5):
+        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
+        raw = devices.get("jetson")(Job((dense,)), settings, target="board", say=quiet)
+    window = raw.windows[-1]
+    truth = wave.integral(window.start_ns / 1e9, window.end_ns / 1e9)
+    error = window_energy_mj(raw, window) / truth - 1
+    print(f"{layout}, refresh {refresh_s} s: {error:+.3%} of {truth / 1e3:.1f} J; {report(raw).reports[0].energy}")
+    assert abs(error) < bound
+    assert report(raw).reports[0].energy.refresh_ms == pytest.approx(refresh_s * 1e3, rel=0.1)
+    assert board.leftovers() == []

@@ -17,7 +17,7 @@ from standin_board import AGENT, Board, Waveform
 from trtexec_flags import FLAGS
 
 PYTHON = standin_board.board_python()
-HASTE = ["--warmup-s", "0.1", "--duration-s", "0.2", "--repeats", "1", "--idle-s", "0.2", "--refresh-probe-s", "0.2"]
+HASTE = ["--warmup-s", "0.1", "--duration-s", "0.2", "--repeats", "1", "--idle-s", "0.1", "--refresh-probe-s", "0.1"]
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +227,12 @@ def test_the_sampler_is_cheap(board):
     process = call(board, "sample", "--root", board.root, stdin=subprocess.PIPE)
     process.stdout.readline()
     ticks, begin = cpu_ticks(process.pid), time.monotonic()
-    time.sleep(5.0)
+    time.sleep(4.0)
     share = (cpu_ticks(process.pid) - ticks) / os.sysconf("SC_CLK_TCK") / (time.monotonic() - begin)
     seen = json.loads(process.communicate(timeout=10)[0])
     assert share < 0.02
     assert seen["sampler"]["cpu_s"] / seen["sampler"]["wall_s"] < 0.02
-    assert len(seen["t_ns"]) == pytest.approx(100, abs=15)
+    assert len(seen["t_ns"]) == pytest.approx(80, abs=15)
 
 
 def cpu_ticks(pid: int) -> int:
