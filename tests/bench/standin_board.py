@@ -118,7 +118,7 @@ class Board:
     @contextmanager
     def powered(
         self, waves: dict[str, Waveform], *, refresh_s: float = 0.05, quantum_mw: float = 1.0, life_s: float = 300.0
-    ) -> Iterator[None]:
+    ) -> Iterator[subprocess.Popen]:
         """The sensor process runs, and moves these rails. Under hwmon the volts stand at 5000 mV, so mA = mW / 5."""
         files = self.sensor_files()
         job = {
@@ -129,7 +129,7 @@ class Board:
         process = subprocess.Popen([sys.executable, "-c", SENSOR.format(here=str(HERE)), json.dumps(job)])
         try:
             time.sleep(0.3 + refresh_s)
-            yield
+            yield process
         finally:
             process.kill()
             process.wait()
