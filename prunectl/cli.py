@@ -196,6 +196,77 @@ def find_ticket(
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
 
 
+@app.command("sfw-prune")
+def sfw_prune(
+    model: ModelArg,
+    dataset: DataArg,
+    constraint: Annotated[
+        str | None, typer.Option("--constraint", help="set the weights stay in: see `prunectl list constraints`; none trains by SGD")
+    ] = None,
+    k_fraction: Annotated[
+        float | None, typer.Option("--k-fraction", help="share of a tensor's entries (filters, for group-k-support) in a vertex")
+    ] = None,
+    tau: Annotated[float | None, typer.Option("--tau", help="diameter of every set in twice the tensor's first norm (default 15)")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="of N:M (default 2); given, the accuracy at N:M is measured")] = None,
+    m: Annotated[int | None, typer.Option("--m", help="of N:M (default 4); given, the accuracy at N:M is measured")] = None,
+    sfw_init: Annotated[bool | None, typer.Option("--sfw-init", help="learn a scale for every tensor first")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option("--sparsity", help="share of weights removed (repeatable; default 18 shares, 0.1 to 0.99)")
+    ] = None,
+    scope: Annotated[str | None, typer.Option("--scope", help="what is ranked: weights, or all parameters as published")] = None,
+    bn_recal: Annotated[
+        int | None, typer.Option("--bn-recal", metavar="N", help="batches of 100 images for batch norm (default 100, 0: none)")
+    ] = None,
+    start: Annotated[Path | None, typer.Option("--from", metavar="RUN", help="start from a ticket or a saved network")] = None,
+    recipe: RecipeOpt = None,
+    sets: SetOpt = None,
+    epochs: EpochsOpt = None,
+    seed: SeedOpt = None,
+    device: DeviceOpt = "auto",
+    precision: PrecisionOpt = None,
+    data_dir: DataDirOpt = None,
+    out: OutOpt = Path("runs"),
+    workers: WorkersOpt = None,
+    resume: ResumeOpt = False,
+    overwrite: OverwriteOpt = False,
+    dry_run: DryRunOpt = False,
+    print_recipe: PrintOpt = False,
+    json: JsonOpt = False,
+    quiet: QuietOpt = False,
+    verbose: VerboseOpt = 0,
+    no_progress: NoProgressOpt = False,
+) -> None:
+    """Train once by Frank-Wolfe, prune to any sparsity, never retrain.
+
+    Example: prunectl sfw-prune resnet18 fashion-mnist --constraint nm --sparsity 0.5 --sparsity 0.9
+    """
+    sfw = {
+        "constraint": constraint,
+        "k_fraction": k_fraction,
+        "tau": tau,
+        "n": n,
+        "m": m,
+        "sfw_init": sfw_init,
+        "sparsity": sparsity or None,
+        "scope": scope,
+        "bn_recal": bn_recal,
+    }
+    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": str(start) if start else None}
+    settings = _recipe("sfw-prune", model, dataset, recipe, sets, {**common, **{f"sfw.{k}": v for k, v in sfw.items()}})
+    _check_names(settings)
+    ui = _ui(json, quiet, verbose, no_progress)
+    if print_recipe:
+        return _print_recipe(settings, ui)
+    options = _options(out, device, data_dir, workers, resume, overwrite)
+    if dry_run:
+        return _dry_run(settings, options, ui)
+    from prunectl.workflows import sfw_prune as workflow
+
+    result = workflow.sfw_prune(settings, options, ui)
+    workflow.show(result, ui)
+    ui.document(_absolute(result, out))
+
+
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = Path("runs/latest"),
@@ -204,7 +275,7 @@ def export(
     ] = None,
     trt: Annotated[bool, typer.Option("--trt", help="build a TensorRT engine too")] = False,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8")] = "fp32",
-    sparsity: Annotated[str | None, typer.Option("--sparsity", help="of an sfw-prune run: a share such as 0.9, or 2:4")] = None,
+    sparsity: Annotated[str | None, typer.Option("--sparsity", help="prune once before: a share such as 0.9, or 2:4")] = None,
     host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board that builds the engine")] = None,
     batch: Annotated[int, typer.Option("--batch", help="images a call")] = 1,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images a call")] = False,
@@ -445,8 +516,10 @@ def _recipe(verb: str, model: str, dataset: str, file: Path | None, sets: list[s
 
 
 def _check_names(settings: Any) -> None:
-    """Unknown criteria and detectors are refused before torch is loaded."""
-    for kind, name in (("criteria", settings.ticket.criterion), ("detectors", settings.ticket.detector.partition(":")[0])):
+    """Unknown criteria, detectors and constraints are refused before torch is loaded."""
+    named = [("criteria", settings.ticket.criterion), ("detectors", settings.ticket.detector.partition(":")[0])] if settings.ticket else []
+    named += [("constraints", settings.sfw.constraint)] if settings.sfw else []
+    for kind, name in named:
         known = _entries(kind)
         if name.replace("_", "-").lower() not in known:
             raise UnknownName(LISTS[kind], name, known)

@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 
+UNFINISHED = ".tmp"  # ends the name of a file that a crash may leave behind
+
+
 def write_text(path: Path, text: str) -> None:
     """`path` holds `text`, whole or not at all."""
     with atomic(path) as temporary:
@@ -39,7 +42,7 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that becomes it when the block ends well, and is gone when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=UNFINISHED)
     os.close(handle)
     temporary = Path(name)
     try:

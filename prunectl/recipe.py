@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunectl.errors import UsageError
+from prunectl.registry import canonical
 
 PACKAGE = Path(__file__).parent
 Fraction = Field(gt=0, lt=1)
@@ -98,10 +99,10 @@ class Ticket(_Section):
             raise ValueError(f"give one of sparsity, target_macs and target_params, not {' and '.join(given)}")
         return {**value, **({} if given else {"sparsity": 0.5})}
 
-    @field_validator("round_to")
+    @field_validator("round_to", mode="before")
     @classmethod
-    def _positive(cls, value: str | int) -> str | int:
-        if value != "auto" and int(value) < 1:
+    def _positive(cls, value: Any) -> Any:
+        if value != "auto" and (not isinstance(value, int) or value < 1):
             raise ValueError("must be auto or a positive number of channels, e.g. 8")
         return value
 
@@ -115,31 +116,71 @@ class Ticket(_Section):
 
 class Sfw(_Section):
     constraint: str = "k-sparse"
-    k_fraction: float = Field(0.05, gt=0, le=1)
-    tau: float = Field(15.0, gt=0, description="diameter of every set in units of twice the tensor's norm at the start")
-    n: int = Field(2, ge=1)
-    m: int = Field(4, ge=2)
-    p: float = Field(2.0, ge=1)
+    k_fraction: float | None = Field(None, description="share of a tensor's entries, or filters, in a vertex; null: the set's own default")
+    tau: float = Field(15.0, description="diameter of every set in units of twice the tensor's norm at the start")
+    n: int | None = Field(None, ge=1, description="of N:M; null: 2, and no N:M row but for constraint nm")
+    m: int | None = Field(None, ge=2, description="of N:M; null: 4, and no N:M row but for constraint nm")
+    p: float | Literal["inf"] = Field(2.0, description="of constraint lp")
     rescale: Literal["gradient", "diameter", "none"] = "gradient"
     sfw_init: bool = False
     sparsity: tuple[float, ...] = (*(i / 10 for i in range(1, 10)), *(i / 100 for i in range(91, 100)))
-    scope: Literal["weights", "all"] = "weights"
-    pooling: Literal["global", "layerwise"] = "global"
-    bn_recal: int = Field(100, ge=0)
-    dynamic_lr: bool = True
+    scope: Literal["weights", "all"] = Field("weights", description="what is ranked: weights, or every parameter as published")
+    pooling: Literal["global", "layerwise"] = Field("global", description="one ranking over all tensors, or one for each")
+    bn_recal: int = Field(100, ge=0, description="batches of 100 training images that batch norm is re-estimated on")
+    dynamic_lr: bool = Field(
+        True, description="the published x0.7 / x1.06 rule; off below 60 epochs and under another schedule than multistep"
+    )
+    channels: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="shares of channels removed for good after group-k-support")
+    split: Literal["test", "val"] = Field("test", description="images of the sweep; val while settings are being chosen")
 
-    @field_validator("sparsity")
+    @field_validator("constraint")
+    @classmethod
+    def _one_spelling(cls, value: str) -> str:
+        return canonical(value)
+
+    @field_validator("k_fraction")
+    @classmethod
+    def _share(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value <= 1:
+            raise ValueError("must be in (0, 1], e.g. 0.05")
+        return value
+
+    @field_validator("tau")
+    @classmethod
+    def _above_0(cls, value: float) -> float:
+        if value <= 0:
+            raise ValueError("must be above 0, e.g. 15")
+        return value
+
+    @field_validator("p")
+    @classmethod
+    def _norm(cls, value: float | str) -> float | str:
+        if value != "inf" and float(value) < 1:
+            raise ValueError("must be a number of at least 1, or inf")
+        return value
+
+    @field_validator("sparsity", "channels")
     @classmethod
     def _ratios(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if not value or any(not 0 < s < 1 for s in value):
+        if any(not 0 < s < 1 for s in value):
             raise ValueError("must be shares between 0 and 1, both excluded, e.g. 0.9")
         return tuple(sorted(set(value)))
 
     @model_validator(mode="after")
-    def _pattern(self) -> Sfw:
-        if self.n >= self.m:
-            raise ValueError(f"n = {self.n} of m = {self.m}: n must be smaller than m, e.g. 2 of 4")
+    def _n_of_m(self) -> Sfw:
+        n, m = self.n_of_m
+        if n >= m:
+            raise ValueError(f"n = {n} of m = {m}: n must be smaller than m, e.g. 2 of 4")
         return self
+
+    @property
+    def n_of_m(self) -> tuple[int, int]:
+        return self.n or 2, self.m or 4
+
+    @property
+    def wants_pattern(self) -> bool:
+        """Whether the accuracy at N:M is asked for."""
+        return self.constraint == "nm" or self.n is not None or self.m is not None
 
 
 class Recipe(_Section):
@@ -158,6 +199,15 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False))
 
+    @model_validator(mode="after")
+    def _schedule_holds_the_search(self) -> Recipe:
+        if self.verb == "find-ticket" and self.train.epochs == 0:
+            raise ValueError("train.epochs = 0: a search needs training, give at least 1 epoch")
+        rewind = self.ticket.weights.removeprefix("rewind:") if self.ticket else ""
+        if rewind.isdigit() and int(rewind) >= self.train.epochs:
+            raise ValueError(f"ticket.weights = rewind:{rewind}: the schedule has {self.train.epochs} epochs, rewind to an earlier one")
+        return self
+
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
@@ -167,7 +217,12 @@ class Recipe(_Section):
         return f"{self.verb}-{_slug(self.model.name)}-{_slug(self.data.name)}-{self.digest}"
 
 
+# What a step of each kind wants. Frank-Wolfe: Miao et al., ICLR 2022, whose averaged momentum makes a rate of 1 what 0.1 is to SGD.
+_FRANK_WOLFE = {"lr": 1.0, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "schedule": "multistep", "milestones": [1 / 3, 2 / 3]}
+_SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "cosine", "milestones": [0.5, 0.75]}
+
 BUDGETS = ("ticket.sparsity", "ticket.target_macs", "ticket.target_params")
+NAMED = ("verb", "model.name", "data.name")
 SECTION_OF = {"find-ticket": "ticket", "sfw-prune": "sfw"}
 
 
@@ -183,26 +238,34 @@ def resolve(
     """The recipe of `verb model dataset`: shipped or given file, then `overrides` ("train.epochs" -> 5), then `sets`.
 
     Raises UsageError, naming the key, what came and what was expected."""
-    from prunectl.registry import canonical
-
     name = model if ":" in model else canonical(model)
     default = shipped("recipes") / verb / f"{_slug(name)}-{_slug(dataset)}.yaml"
     settings = _read(file) if file else (_read(default) if default.is_file() else {})
-    settings = {**settings, "verb": verb, "model": {"name": name, **_without_name(settings, "model")}}
-    settings["data"] = {"name": dataset, **_without_name(settings, "data")}
+    settings = {**settings, "verb": verb, "model": {**_section(settings, "model"), "name": name}}
+    settings["data"] = {**_section(settings, "data"), "name": dataset}
     if verb in SECTION_OF:
-        settings.setdefault(SECTION_OF[verb], {})
-    if any(key in BUDGETS for key in overrides or {}):  # a budget on the command line replaces the file's, whichever it was
-        for key in BUDGETS:
-            settings["ticket"].pop(key.removeprefix("ticket."), None)
-    for key, value in (overrides or {}).items():
+        settings[SECTION_OF[verb]] = _section(settings, SECTION_OF[verb])
+    given = {**(overrides or {}), **dict(_assignment(text) for text in sets)}
+    if any(key in BUDGETS for key in given):  # a budget on the command line replaces the file's, whichever it was
+        settings["ticket"] = {k: v for k, v in _section(settings, "ticket").items() if f"ticket.{k}" not in BUDGETS}
+    if verb == "sfw-prune":
+        settings["train"] = _training_for_the_set(settings, given)
+    for key, value in given.items():
         _put(settings, key, value)
-    for text in sets:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--set {text}: expected key.path=value, e.g. --set train.lr=0.05")
-        _put(settings, key.strip(), _scalar(text, value))
+    if settings.get("start"):
+        settings["start"] = str(Path(settings["start"]).expanduser().resolve())  # what runs/latest is today
     return validated(settings)
+
+
+def _training_for_the_set(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The train section of sfw-prune with its defaults; without a constraint they are those of its rival, SGD.
+
+    A rate for one kind of step is wrong for the other: where the command line turns a recipe from Frank-Wolfe to SGD or
+    back, the recipe's own step settings go."""
+    in_file = _section(settings, "sfw").get("constraint", "")
+    by_sgd, was_by_sgd = (canonical(str(kind)) == "none" for kind in (given.get("sfw.constraint", in_file), in_file))
+    own = {k: v for k, v in _section(settings, "train").items() if by_sgd == was_by_sgd or k not in _SGD}
+    return {"epochs": 180, "batch_size": 128, **(_SGD if by_sgd else _FRANK_WOLFE), **own}
 
 
 def validated(settings: Mapping[str, Any]) -> Recipe:
@@ -250,15 +313,25 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return {**base, **{k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}}
 
 
-def _without_name(settings: Mapping[str, Any], section: str) -> dict[str, Any]:
-    value = settings.get(section, {})
+def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = settings.get(name) or {}
     if not isinstance(value, dict):
-        raise UsageError(f"recipe {section} = {value!r}: expected a section of keys, e.g. {section}: {{width: 1.0}}")
-    return {k: v for k, v in value.items() if k != "name"}
+        raise UsageError(f"recipe {name} = {value!r}: expected a section of keys, as in {name}: {{key: value}}")
+    return dict(value)
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key:
+        raise UsageError(f"--set {text}: expected key.path=value, e.g. --set train.lr=0.05")
+    if key in NAMED:
+        raise UsageError(f"--set {text}: {key} is said by the command itself, prunectl VERB MODEL DATASET")
+    return key, _scalar(text, value)
 
 
 def _put(settings: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.replace("-", "_").split(".")
+    *path, last = key.split(".")
     here = settings
     for part in path:
         here = here.setdefault(part, {})
@@ -288,8 +361,10 @@ def _sentence(error: Mapping[str, Any]) -> str:
         )
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     value = error.get("input")
+    if error["type"] in ("model_type", "model_attributes_type"):
+        message = f"expected a section of keys, as in {path[-1]}: {{key: value}}"
     shown = "" if isinstance(value, dict | BaseModel) else f" = {value!r}"
-    return f"recipe {key}{shown}: {message}"
+    return f"recipe {key}{shown}: {message}" if key else f"recipe {message}"
 
 
 def _section_type(section: Any, part: str) -> Any:

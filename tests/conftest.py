@@ -1,0 +1,19 @@
+"""One thread everywhere: results of a CPU run are compared bit for bit, which holds for one thread count only."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in every child
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_data_of_this_machine(tmp_path_factory):
+    """Neither a user's data sets nor a CI's or a terminal's settings reach the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PRUNECTL_DATA", str(tmp_path_factory.mktemp("no-data")))
+        for name in ("CI", "NO_COLOR", "FORCE_COLOR", "RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        yield
