@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from prunectl.export.session import load_onnx_session
     from prunectl.training.compactmodel import load
     from prunectl.workflows.find_ticket import find_ticket
+    from prunectl.workflows.sfw_prune import sfw_prune
     from prunectl.workflows.train import train
 
 _HOMES = {
@@ -18,8 +19,9 @@ _HOMES = {
     "load_onnx_session": "export.session",
     "train": "workflows.train",
     "find_ticket": "workflows.find_ticket",
+    "sfw_prune": "workflows.sfw_prune",
 }
-__all__ = ["__version__", "find_ticket", "load", "load_onnx_session", "train"]
+__all__ = ["__version__", "find_ticket", "load", "load_onnx_session", "sfw_prune", "train"]
 
 
 def __getattr__(name: str) -> Any:

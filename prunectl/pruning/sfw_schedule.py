@@ -17,15 +17,19 @@ RISE, FALL = 0.7, 1.06
 
 def published_lr(base_lr: float, epoch_losses: Sequence[float], epochs: int) -> float:
     """The rate of the next epoch, given the mean training loss of every epoch so far and the epochs of the whole run."""
-    rate = base_lr * milestone_factor(len(epoch_losses), epochs)
-    if epochs < ADAPTIVE_MIN_EPOCHS:
-        return rate
-    return rate * math.prod(adaptive_factor(epoch_losses[:done]) for done in range(len(epoch_losses) + 1))
+    return base_lr * milestone_factor(len(epoch_losses), epochs) * adaptive_scale(epoch_losses, epochs)
 
 
 def milestone_factor(epoch: int, epochs: int) -> float:
     """1, then 0.1, then 0.01: `epoch` counts from 0, the drops are at a third and two thirds of `epochs`."""
     return math.prod(0.1 for share in MILESTONES if epoch >= round(share * epochs))
+
+
+def adaptive_scale(epoch_losses: Sequence[float], epochs: int) -> float:
+    """All adaptive factors so far, multiplied; 1 in runs of fewer than 60 epochs."""
+    if epochs < ADAPTIVE_MIN_EPOCHS:
+        return 1.0
+    return math.prod(adaptive_factor(epoch_losses[:done]) for done in range(len(epoch_losses) + 1))
 
 
 def adaptive_factor(epoch_losses: Sequence[float]) -> float:

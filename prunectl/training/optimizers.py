@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
+
+_SHARED = "*"  # marks state of the optimizer as a whole; no parameter's name begins with it
 
 
 def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float) -> SGD:
@@ -14,8 +17,9 @@ def sgd(model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_
 
 
 def state_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Per-parameter state by "<parameter name>/<key>"; scalars become 0-d tensors of float64."""
-    tensors = {}
+    """State by "<parameter name>/<key>", and what an optimizer keeps under a name of its own (counters) by "*<name>/<key>"."""
+    shared = {f"{_SHARED}{owner}": values for owner, values in optimizer.state.items() if isinstance(owner, str)}
+    tensors = {f"{owner}/{key}": value.detach() for owner, values in shared.items() for key, value in values.items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():
             if isinstance(value, Tensor):
@@ -28,6 +32,10 @@ def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[
     parameters = dict(model.named_parameters())
     for full, value in tensors.items():
         name, key = full.rsplit("/", 1)
+        if name.startswith(_SHARED):
+            kept = cast(dict[str, dict[str, Any]], optimizer.state)[name.removeprefix(_SHARED)]
+            kept[key] = value.to(kept[key].device)
+            continue
         p = parameters[name]
         t = value.to(p.device)
         if t.shape == p.shape:

@@ -10,11 +10,13 @@ from prunectl.recipe import Recipe, Ticket
 from prunectl.rundir import RunDir
 from prunectl.workflows.find_ticket import budget_of, preflight
 from prunectl.workflows.session import Options, begin
+from prunectl.workflows.sfw_prune import prepared
 
 
 def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
     """Reads the data, builds the network, writes nothing."""
-    session = begin(recipe, RunDir(options.out / recipe.run_name), options, ui)
+    run = RunDir(options.out / recipe.run_name)
+    session = prepared(recipe, run, options, ui)[0] if recipe.verb == "sfw-prune" else begin(recipe, run, options, ui)
     info, dense = session.data.info, cost.count(session.state.model, session.input_shape)
     flops = cost.training_flops(dense.macs, session.dense_images)
     ui.table(

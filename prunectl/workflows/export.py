@@ -5,7 +5,7 @@ it, then measure the written FILE on the test split. Whatever fails leaves no fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from prunectl.export.artifact import Artifact, InputSpec, Provenance, record_pat
 from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
 from prunectl.export.session import load_onnx_session
-from prunectl.recipe import shipped
+from prunectl.pruning.recalibrate import recalibrate_
+from prunectl.recipe import Sfw, read_back, shipped
+from prunectl.rundir import RunDir
 from prunectl.training import compactmodel
 from prunectl.workflows.session import versions
+from prunectl.workflows.sweep import calibration_images, pruned, pruned_nm
 
 COMPARED = 256  # real images that torch and the graph both answer
 CALIBRATION = 512  # training images that set INT8's ranges
@@ -137,18 +140,28 @@ def _network(saved: compactmodel.CompactModel, request: Request) -> tuple[nn.Mod
         n, _, m = request.sparsity.partition(":")
         if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
             raise UsageError(f"--sparsity {request.sparsity}: expected N:M with N below M, e.g. 2:4, or a share such as 0.9")
-        return _swept(request, None, (int(n), int(m))), (int(n), int(m))
+        return _swept(saved, request, lambda network, _: pruned_nm(network, int(n), int(m))), (int(n), int(m))
     try:
         share = float(request.sparsity)
     except ValueError:
         share = -1.0
     if not 0 < share < 1:
         raise UsageError(f"--sparsity {request.sparsity}: expected a share between 0 and 1, e.g. 0.9, or a pattern such as 2:4")
-    return _swept(request, share, None), None
+    return _swept(saved, request, lambda network, settings: pruned(network, share, settings)), None
 
 
-def _swept(request: Request, share: float | None, pattern: tuple[int, int] | None) -> nn.Module:
-    raise UsageError(f"--sparsity {request.sparsity} prunes the network of an sfw-prune run; {request.path} is none")
+def _swept(saved: compactmodel.CompactModel, request: Request, prune: Callable[[nn.Module, Sfw], nn.Module]) -> nn.Module:
+    """The saved network pruned once, as one row of a sweep: batch norm re-estimated on the training images of its run.
+
+    What is ranked and how comes from the run's recipe, or is the default of sfw-prune. Raises DataMissing."""
+    run = RunDir(_run_of(saved.path))
+    recipe = read_back(run.recipe) if run.recipe.is_file() else None
+    settings = (recipe.sfw if recipe else None) or Sfw()
+    module = prune(saved.module(), settings)
+    if settings.bn_recal:
+        part = {"val_fraction": recipe.data.val_fraction, "train_images": recipe.data.train_images} if recipe else {}
+        recalibrate_(module, calibration_images(_dataset(saved.plan, request, **part), settings.bn_recal))
+    return module
 
 
 def _run_of(folder: Path) -> Path:
@@ -166,19 +179,20 @@ def _stem(folder: Path, request: Request) -> str:
 
 def _images(plan: dict[str, Any], request: Request, ui: Console) -> Dataset | None:
     """The network's own data set, seen as the network saw it; None, with a warning, where it is not at hand."""
-    info = plan["data"]
     try:
-        return data.load(
-            info["name"],
-            data_dir=request.data_dir,
-            image_size=info["image_size"],
-            fit=info["fit"] if info["fit"] in ("pad", "resize") else "pad",
-        )
+        return _dataset(plan, request)
     except DataMissing as e:
         if request.precision == "int8":
             raise
         ui.warn(f"the file was compared on random images only and its accuracy not measured: {e}")
         return None
+
+
+def _dataset(plan: dict[str, Any], request: Request, **part: Any) -> Dataset:
+    """part: `val_fraction` and `train_images`, where not all the training images were trained on."""
+    info = plan["data"]
+    fit = info["fit"] if info["fit"] in ("pad", "resize") else "pad"
+    return data.load(info["name"], data_dir=request.data_dir, image_size=info["image_size"], fit=fit, **part)
 
 
 def _calibration(images: Dataset | None, request: Request) -> Iterator[Tensor]:

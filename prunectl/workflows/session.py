@@ -6,7 +6,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from prunectl.data import Dataset
 from prunectl.errors import CorruptFile, Interrupted, UsageError
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
-from prunectl.recipe import Recipe
+from prunectl.recipe import Recipe, Train
 from prunectl.rundir import RunDir, discard_if_empty, opened, point_latest, read_jsonl
 from prunectl.training import checkpoint, compactmodel
 from prunectl.training.evaluate import Accuracy, accuracy
@@ -32,6 +32,8 @@ from prunectl.training.precision import Placement, place
 from prunectl.training.schedule import learning_rate
 
 EVAL_BATCH = 500
+
+MakeOptimizer = Callable[[nn.Module, Train], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,15 @@ class Keeper(Protocol):
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None: ...
 
 
+def momentum_sgd(model: nn.Module, t: Train) -> torch.optim.Optimizer:
+    return sgd(model, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov, weight_decay=t.weight_decay)
+
+
 @dataclass
 class Session:
-    """One run in progress. `steps` is the pruning so far: dropped channels of each step, replayable."""
+    """One run in progress. `steps` is the pruning so far: dropped channels of each step, replayable.
+
+    notes: what a workflow has to say of the epoch that is ending; they go into its line of the metrics."""
 
     recipe: Recipe
     run: RunDir
@@ -70,6 +78,8 @@ class Session:
     spent_flops: int = 0
     wall_before_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
+    make_optimizer: MakeOptimizer = momentum_sgd
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def wall_s(self) -> float:
@@ -102,15 +112,23 @@ class Session:
         with averaged(self.state):
             return accuracy(self.state.model, batches, self.place)
 
-    def write_model(self, name: str, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> compactmodel.CompactModel | None:
-        """Saves a network as `name`/ in the run folder; rank 0 only."""
+    def rate(self, done: float) -> float:
+        """The learning rate of the recipe when the share `done` of its schedule is done."""
+        t = self.recipe.train
+        warmup = min(0.5, t.warmup_epochs / max(1, t.epochs))
+        return learning_rate(done, lr=t.lr, schedule=t.schedule, milestones=t.milestones, warmup=warmup)
+
+    def write_model(
+        self, name: str, model: nn.Module, weights: Mapping[str, Tensor] | None = None, further_steps: Sequence[dict[str, Any]] = ()
+    ) -> compactmodel.CompactModel | None:
+        """Saves a network as `name`/ in the run folder; rank 0 only. further_steps: pruning that it alone has undergone."""
         if dist.rank() != 0:
             return None
         return compactmodel.write(
             self.run.path / name,
             model,
             arguments=self.arguments,
-            steps=self.steps,
+            steps=[*self.steps, *further_steps],
             data=self.data.info.to_dict(),
             parent=self.run.path.name,
             weights=weights,
@@ -149,7 +167,7 @@ def run_folder(recipe: Recipe, options: Options) -> Iterator[RunDir]:
             discard_if_empty(run)  # refused before anything began: leave no folder behind
 
 
-def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> Session:
+def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optimizer: MakeOptimizer = momentum_sgd) -> Session:
     """Data, network and optimizer of a recipe, as new. Everything that can be refused is refused here."""
     placement = place(options.device, recipe.train.precision)
     summary = data.describe(recipe.data.name, data_dir=options.data_dir)
@@ -185,7 +203,9 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> Session
         arguments, pruned, model = _start(recipe, arguments)
     else:
         model = models.build(**arguments, seed=recipe.seed)
-    session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), steps=pruned)
+    session = Session(
+        recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), steps=pruned, make_optimizer=make_optimizer
+    )
     adopt(session, model)
     return session
 
@@ -206,16 +226,23 @@ def adopt(session: Session, model: nn.Module) -> None:
     t = session.recipe.train
     placed = session.place.put(model)
     session.state.model = placed
-    session.state.optimizer = sgd(placed, lr=t.lr, momentum=t.momentum, nesterov=t.nesterov, weight_decay=t.weight_decay)
-    session.state.average = {k: v.detach().clone() for k, v in placed.state_dict().items()} if t.ema else None
+    session.state.optimizer = session.make_optimizer(placed, t)
+    reset_average(session)
     session.macs = cost.count(placed, session.input_shape).macs
     if session.place.autocast_dtype == torch.float16 and session.state.scaler is None:
         session.state.scaler = torch.amp.GradScaler(session.place.device.type)
 
 
-def fit(session: Session, keeper: Keeper | None = None) -> Iterator[Step]:
+def reset_average(session: Session) -> None:
+    """The average of the weights, where one is kept, begins at the weights as they are now."""
+    weights = session.state.model.state_dict()
+    session.state.average = {k: v.detach().clone() for k, v in weights.items()} if session.recipe.train.ema else None
+
+
+def fit(session: Session, keeper: Keeper | None = None, rate: Callable[[float], float] | None = None) -> Iterator[Step]:
     """Trains to the end of the schedule from wherever the checkpoints are; the caller's `for` body acts between steps.
 
+    rate: share of the schedule done -> learning rate; None: the recipe's own.
     At the end of each epoch, after the body: validation accuracy, one line, metrics, a checkpoint. Ctrl-C and SIGTERM
     end in Interrupted, a diverged loss in Diverged; both name the last checkpoint."""
     s, t = session, session.recipe.train
@@ -224,14 +251,10 @@ def fit(session: Session, keeper: Keeper | None = None) -> Iterator[Step]:
     if s.state.epoch == 0 and t.epochs:
         _save(s, keeper)
     per_epoch, size = s.batches if t.epochs else (1, 1)
-    warmup = min(0.5, t.warmup_epochs / max(1, t.epochs))
-
-    def rate(done: float) -> float:
-        return learning_rate(done, lr=t.lr, schedule=t.schedule, milestones=t.milestones, warmup=warmup)
-
     objective = Objective(t.label_smoothing, t.l1_gammas, t.ema, t.distill)
+    schedule, seed = rate or s.rate, s.recipe.seed
     running = steps(
-        s.state, s.data, s.place, rate, epochs=t.epochs, steps_per_epoch=per_epoch, batch_size=size, seed=s.recipe.seed, objective=objective
+        s.state, s.data, s.place, schedule, epochs=t.epochs, steps_per_epoch=per_epoch, batch_size=size, seed=seed, objective=objective
     )
     label = f"{s.recipe.model.name} on {s.data.info.name}"
     try:
@@ -307,6 +330,7 @@ def _end_of_epoch(s: Session, summary: EpochSummary, keeper: Keeper | None) -> N
             "images_per_s": round(rate, 1),
             "seconds": round(summary.seconds, 3),
             "macs": s.macs,
+            **s.notes,
         }
     )
     s.ui.say(
@@ -344,8 +368,8 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
         s.ui.warn(sentence)
     if found is None:
         return
-    s.steps = found.meta["steps"]
-    if s.steps:
+    if found.meta["steps"] != s.steps:
+        s.steps = found.meta["steps"]
         adopt(s, compactmodel.rebuild(s.arguments, s.steps))
     s.state.model.load_state_dict(found.section("model"))
     load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
