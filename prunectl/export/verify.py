@@ -30,9 +30,10 @@ aten = torch.ops.aten
 # fp32: both sides sum in FP32 but in another order; over 14 of torchvision's networks at 224 x 224 the difference was
 #   at most 1.3e-6; 15 times that leaves room for deeper ones and other CPUs, and a wrong weight, axis or constant shows.
 # fp16: a mantissa of 11 bits rounds by 5e-4, and the same networks were off by 3e-4 to 8e-4; deeper ones by more.
-# int8: 8 bits for the widest value of a tensor round by 0.4 %, and outliers cost more: this bound catches a wrong
-#   graph only. Whether INT8 is good enough is decided by the accuracy of the file.
-TOLERANCE: Mapping[str, float] = {"fp32": 2e-5, "fp16": 1e-2, "int8": 0.5}
+# int8: 8 bits for the widest value of a tensor round by 0.4 %, and outliers cost far more: off by more than the largest
+#   logit is unrelated, anything less is decided by the accuracy of the file. Ranges are calibrated on real images, so
+#   noise, which lies outside them, proves nothing.
+TOLERANCE: Mapping[str, float] = {"fp32": 2e-5, "fp16": 1e-2, "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,17 @@ def random_batches(spec: InputSpec, *, n: int = 8, seed: int = 0) -> list[NDArra
 
 
 def require_same(parity: Parity, precision: str) -> None:
-    """Raises VerificationFailed if the graph's logits are further from the network's than `precision` explains."""
+    """Raises VerificationFailed if the graph's logits are further from the network's than `precision` explains.
+
+    precision: of the graph, so `fp32` where FP16 is a flag of the engine build. INT8 is judged on real images only."""
+    if precision == "int8" and parity.images == "random":
+        return
     if parity.max_rel > TOLERANCE[precision]:
+        advice = "calibrate on more images, or use fp16" if precision == "int8" else "export again and report this network"
         raise VerificationFailed(
             f"the exported graph is not the network: on {parity.n} {parity.images} images its logits are off by up to "
             f"{parity.max_rel:.2g} of the largest ({precision} explains {TOLERANCE[precision]:g}), "
-            f"top-1 agreement {parity.top1_agreement:.1f} %; export again and report this network"
+            f"top-1 agreement {parity.top1_agreement:.1f} %; {advice}"
         )
 
 

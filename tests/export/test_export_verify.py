@@ -80,6 +80,15 @@ def test_a_training_mode_batch_norm_is_caught(tx2, tx2_model):
         check(other, tx2_model)
 
 
+def test_int8_is_judged_by_real_images_only():
+    far = verify.Parity("random", 8, 3.0, 1.2, 0.1, 12.5)
+    verify.require_same(far, "int8")
+    with pytest.raises(VerificationFailed, match=r"top-1 agreement 12\.5 %; calibrate on more images"):
+        verify.require_same(verify.Parity("real", 8, 3.0, 1.2, 0.1, 12.5), "int8")
+    with pytest.raises(VerificationFailed, match="8 random images"):
+        verify.require_same(far, "fp16")
+
+
 def test_numbers_that_are_none_are_said_so(network, tx2_model):
     with pytest.raises(VerificationFailed, match="graph returns logits that are no finite numbers"):
         check(network, edited(tx2_model, weight_of(tx2_model, 4), lambda w: w * np.inf))
