@@ -7,6 +7,10 @@ from typing import Any
 
 from prunectl.console import Console, si
 from prunectl.recipe import resolve
+from prunectl.workflows.bench import Request as Bench
+from prunectl.workflows.bench import bench
+from prunectl.workflows.export import Request as Export
+from prunectl.workflows.export import export
 from prunectl.workflows.find_ticket import find_ticket
 from prunectl.workflows.session import Options
 from prunectl.workflows.train import train
@@ -15,17 +19,25 @@ MODEL, DATASET = "resnet8", "fashion-mini"
 
 
 def demo(options: Options, ui: Console) -> dict[str, Any]:
-    """Trains resnet8 dense, then finds and trains its ticket on the same schedule; both runs resume."""
-    ui.say(f"1/2  prunectl train {MODEL} {DATASET}")
+    """Trains resnet8 dense, finds and trains its ticket on the same schedule, exports both and times them; all of it resumes."""
+    ui.say(f"1/4  prunectl train {MODEL} {DATASET}")
     dense = train(resolve("train", model=MODEL, dataset=DATASET), options, ui)
-    ui.say(f"2/2  prunectl find-ticket {MODEL} {DATASET}")
+    ui.say(f"2/4  prunectl find-ticket {MODEL} {DATASET}")
     ticket = find_ticket(resolve("find-ticket", model=MODEL, dataset=DATASET), options, ui)
+    runs = [options.out / dense["run"], options.out / ticket["run"]]
+    small = runs[1] / ("compact" if ticket["compact"] else "dense")
+    ui.say(f"3/4  prunectl export {runs[0]} ; prunectl export {runs[1]}")
+    exported = {name: export(Export(path=path), ui)["artifacts"][0] for name, path in (("dense", runs[0]), ("ticket", small))}
+    ui.say("4/4  prunectl bench --quick, both ONNX files side by side")
+    measured = bench(Bench(paths=tuple(Path(a["path"]) for a in exported.values()), quick=True), ui)
     return {
         "schema": 1,
         "verb": "demo",
         "outcome": ticket["outcome"],
         "train": dense,
         "find_ticket": ticket,
+        "export": exported,
+        "bench": measured,
         "files": _files(options.out, dense, ticket),
     }
 
@@ -48,6 +60,7 @@ def show(result: dict[str, Any], ui: Console) -> None:
         ratio = None if after is None else f"{after / before:.2f}"
         return [label, si(before), None if after is None else si(after), ratio]
 
+    reports, ratio = result["bench"]["reports"], next(r for r in result["bench"]["ratios"] if r["metric"] == "latency_ms")
     ui.table(
         f"{MODEL} on {DATASET}: {dense['epochs']} epochs, ticket drawn after {ticket['found_epoch'] if found else 'none found'}",
         ["", "dense", "ticket", "ticket/dense"],
@@ -60,6 +73,8 @@ def show(result: dict[str, Any], ui: Console) -> None:
             pair("MACs an image", dense["macs"], ticket["macs"]["ticket"]),
             pair("training FLOPs (search included)", flops["dense"], flops["spent"]),
             pair("file, bytes", files["dense"], files["ticket"]),
+            ["test of the ONNX file, %", *(two(result["export"][n]["accuracy"]) for n in ("dense", "ticket")), None],
+            ["ONNX Runtime here, ms an image", *(f"{r['latency_ms']['p50']:.3f}" for r in reports), f"{ratio['median']:.2f}"],
         ],
     )
     ui.say(f"runs: {dense['run']}, {ticket['run']}")
