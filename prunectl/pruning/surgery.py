@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from prunectl.errors import UsageError
+from prunectl.errors import Unsatisfiable, UsageError
 
 Dropped = Mapping[str, Sequence[int]]
+Dense = nn.Conv2d | nn.Linear
+Norm = nn.modules.batchnorm._BatchNorm
+_PerChannel = nn.Linear | Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
+_Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._OutputOp  # torch-pruning's stand-ins
+_TRACER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # torch-pruning has none of its own
 _HOMOGENEOUS = (
     "ReluBackward",
     "MaxPool2D",
@@ -48,7 +53,9 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """`channels` coupled channels, named after the layer that produces them; `locked` says why they cannot go."""
+    """`channels` coupled channels, named after the layer that produces them; `locked` says why they cannot go.
+
+    The members of a locked group may carry no numbers."""
 
     name: str
     channels: int
@@ -87,44 +94,57 @@ class Compacted:
 
 
 def analyse(model: nn.Module, example: Tensor) -> Graph:
-    """The channel groups of `model`, found by tracing it once on `example` (1, C, H, W). The model is left as it was."""
+    """The channel groups of `model`, found by tracing it once on `example` (1, C, H, W). The model is left as it was.
+
+    A group is free only after a trial: with random weights, a third of the channels of every free group is taken out,
+    and the small network has to compute what the large one computes with those channels masked. So a constant in the
+    network's code, a softmax over channels or a shuffle, which a trace cannot see, locks the groups that it touches.
+    Raises Unsatisfiable when the network cannot be traced."""
     twin = copy.deepcopy(model).eval()
     graph = _trace(twin, example)
     names = {module: name for name, module in twin.named_modules()}
-    order = {name: i for i, name in enumerate(names.values())}
-    groups = [
-        _group(graph, group, names, twin) for group in graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear])
-    ]
+    groups = _groups(graph, twin)
     norms = {}
     for module, node in graph.module2node.items():
         followers = [n.module for n in node.outputs]
-        if module in names and len(followers) == 1 and isinstance(followers[0], nn.BatchNorm2d | nn.BatchNorm1d):
+        if module in names and len(followers) == 1 and isinstance(followers[0], Norm):
             norms[names[module]] = names[followers[0]]
-    plain = frozenset(g.name for g in groups if _is_plain(graph.module2node[twin.get_submodule(g.name)], is_producer=True))
-    return Graph(tuple(sorted(groups, key=lambda g: order[g.name])), norms, plain)
+    plain = {g.name for g in groups if _is_plain(graph, g, twin)}
+    trial, free = _with_random_weights(model), [g for g in groups if not g.locked]
+    while unsound := _unsound(trial, free, example):
+        free = [g for g in free if g.name not in unsound]
+    sound = {g.name for g in free}
+    reason = "without them the network computes something else than with them masked: its code fixes their number or mixes them"
+    groups = [g if g.locked or g.name in sound else replace(g, locked=reason) for g in groups]
+    return Graph(tuple(groups), norms, frozenset(plain & sound))
 
 
 def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
     """`model` without the dropped channels, as a new module on the same device, with weights and modes carried over.
 
-    dropped: group name -> channel numbers to remove. Raises UsageError for an unknown group, a number out of range or
-    given twice, and for a group that would lose all its channels."""
+    dropped: group name -> channel numbers to remove. Raises UsageError for an unknown or locked group, two names of one
+    group, a number out of range or given twice, and for a group that would lose all its channels."""
     twin = copy.deepcopy(model).eval()
     graph = _trace(twin, example)
-    layers = dict(twin.named_modules())
+    layers = dict(twin.named_modules(remove_duplicate=False))
+    widths = {name: layer.weight.shape[0] for name, layer in layers.items() if isinstance(layer, Dense)}
     _number_entries(twin)
     for name, channels in dropped.items():
         if len(channels) == 0:
             continue
         layer = layers.get(name)
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
+        if not isinstance(layer, Dense):
             raise UsageError(f"the plan drops channels of '{name}', which is no convolution or linear layer of this network")
-        indices = _checked(name, channels, layer.weight.shape[0])
+        if reason := _followed(graph, twin, layer)[1]:
+            raise UsageError(f"the plan drops channels of '{name}', which cannot go: {reason}")
+        if layer.weight.shape[0] != widths[name]:
+            raise UsageError(f"the plan drops channels of '{name}' twice: another group that it names is coupled to it")
+        indices = _checked(name, channels, widths[name])
         graph.get_pruning_group(layer, _out_pruner(graph, layer), idxs=indices).prune()
+        if layer.weight.shape[0] != widths[name] - len(indices):
+            raise UsageError(f"the plan drops channels of '{name}', whose channels depend on one another: they cannot go one by one")
     index = {name: t.detach().round().long() for name, t in twin.state_dict().items()}
-    state = carry(model.state_dict(), index)
-    for name, t in _tensors(twin).items():
-        t.data = state[name]
+    _fill(twin, carry(model.state_dict(), index))
     for (_, small), (_, large) in zip(twin.named_modules(), model.named_modules(), strict=True):
         small.training = large.training
     for p, original in zip(twin.parameters(), model.parameters(), strict=True):
@@ -165,64 +185,187 @@ def _trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
         p.requires_grad_(True)  # the tracer follows autograd
     like = next(model.parameters())
     with torch.enable_grad():
-        return tp.DependencyGraph().build_dependency(model, example_inputs=example.to(like.device, like.dtype), verbose=False)
+        try:
+            return tp.DependencyGraph().build_dependency(
+                model, example.to(like.device, like.dtype), forward_fn=lambda net, x: net(x), verbose=False
+            )
+        except _TRACER_ERRORS as error:
+            raise Unsatisfiable(
+                f"the channels of this {type(model).__name__} cannot be followed, so none can be removed: it splits, shuffles or"
+                f" reshapes them beyond what is understood ({type(error).__name__}: {error})"
+            ) from error
 
 
-def _group(graph: tp.DependencyGraph, found: tp.Group, names: dict[nn.Module, str], model: nn.Module) -> Group:
-    root = found[0].dep.target.module
-    members, locked = [], None
-    for item in found:
-        module, out = item.dep.target.module, graph.is_out_channel_pruning_fn(item.dep.handler)
-        if module not in names:
-            locked = locked or _foreign(module)
-            continue
-        roots = getattr(item, "root_idxs", item.idxs)
-        if any(r is None for r in roots) or isinstance(module, nn.MultiheadAttention):
-            locked = f"{names[module]} is an attention layer"
-            continue
-        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
-            locked = f"{names[module]} is a grouped convolution ({module.groups} groups)"
-        members.append(Member(names[module], out, tuple(item.idxs), tuple(roots)))
-    members = _without_repeats(members)
-    if not any(_consumes(m, model) for m in members):
-        locked = locked or "nothing inside the network reads them: they are its outputs"
-    return Group(names[root], root.weight.shape[0], tuple(members), locked)
+def _groups(graph: tp.DependencyGraph, model: nn.Module) -> list[Group]:
+    """Every group once, in the order of the layers.
+
+    Narrow layers go first: where a concatenation is added to a wide layer, the wide one's channels fall into the groups
+    of the narrow ones."""
+    names = {module: name for name, module in model.named_modules()}
+    order = {name: i for i, name in enumerate(names.values())}
+    roots = sorted((m for m in graph.module2node if isinstance(m, Dense) and m in names), key=lambda m: m.weight.shape[0])
+    groups: list[Group] = []
+    left = {names[root]: set(range(root.weight.shape[0])) for root in roots}
+    for root in roots:
+        if left[names[root]]:
+            groups.append(_group(graph, root, names, model))
+            for m in groups[-1].members:
+                if m.out and m.layer in left:
+                    left[m.layer] -= set(m.index or left[m.layer])
+    return sorted(groups, key=lambda g: order[g.name])
 
 
-def _is_plain(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
+def _group(graph: tp.DependencyGraph, root: Dense, names: Mapping[nn.Module, str], model: nn.Module) -> Group:
+    name, channels = names[root], root.weight.shape[0]
+    followed, reason = _followed(graph, model, root)
+    if reason:
+        return Group(name, channels, followed, reason)
+    members = []
+    for item in graph.get_pruning_group(root, _out_pruner(graph, root), idxs=list(range(channels))):
+        module = item.dep.target.module
+        if module in names:
+            members.append(
+                Member(names[module], graph.is_out_channel_pruning_fn(item.dep.handler), tuple(item.idxs), tuple(item.root_idxs))
+            )
+    members = _without_repeats(members, model)
+    partial = [m.layer for m in members if not _covers(m, channels, model)]
+    locked = f"they are padded, repeated or mixed on the way to {partial[0]}" if partial else None
+    return Group(name, channels, tuple(members), locked)
+
+
+def _followed(graph: tp.DependencyGraph, model: nn.Module, root: Dense) -> tuple[tuple[Member, ...], str | None]:
+    """Layers that `root`'s output channels run through, whatever their numbers, and why the channels cannot go, or None.
+
+    Asked before torch-pruning numbers the channels, because behind a split or a window partition that does not end.
+    A concatenation that is entered from one of its inputs is not left through the others."""
+    names: dict[object, str] = {module: name for name, module in model.named_modules()}
+    names.update({p: name for name, p in model.named_parameters()})
+    todo = [(graph.module2node[root], _out_pruner(graph, root), False)]
+    seen = set(todo)
+    members: dict[tuple[str, bool], Member] = {}
+    reason, read = None, False
+    while todo:
+        node, handler, from_input = todo.pop()
+        reason = reason or _obstacle(node.module, names.get(node.module, ""))
+        out = graph.is_out_channel_pruning_fn(handler)
+        if isinstance(node.module, nn.Module) and node.module in names:
+            members[names[node.module], out] = Member(names[node.module], out, (), ())
+        read = read or (isinstance(node.module, Dense) and not out)
+        for dep in node.dependencies:
+            backwards = dep.target in node.inputs
+            if dep.is_triggered_by(handler) and not (backwards and from_input and isinstance(node.module, tp.ops._ConcatOp)):
+                step = (dep.target, dep.handler, not backwards)
+                if step not in seen:
+                    seen.add(step)
+                    todo.append(step)
+    return tuple(members.values()), reason or (None if read else "nothing inside the network reads them: they are its outputs")
+
+
+def _obstacle(module: object, name: str) -> str | None:
+    """What keeps channels from leaving one by one where they pass `module`."""
+    if isinstance(module, nn.Conv2d):
+        depthwise = module.groups == module.in_channels == module.out_channels
+        return None if module.groups == 1 or depthwise else f"{name} is a grouped convolution ({module.groups} groups)"
+    if isinstance(module, nn.MultiheadAttention):
+        return f"{name} is an attention layer"
+    if isinstance(module, _PerChannel | _Function):
+        return None
+    if isinstance(module, nn.Parameter):
+        return f"the parameter {name} shapes them"
+    if name:
+        return f"{name} is a {type(module).__name__}"  # a norm over channels, a transposed convolution, a recurrent layer
+    return "the network's code splits or slices them"
+
+
+def _covers(member: Member, channels: int, model: nn.Module) -> bool:
+    """Whether a member has equally many channels for each of the group's, all of them its own."""
+    each, rest = divmod(len(member.index), channels)
+    layer = model.get_submodule(member.layer)
+    weight = layer.weight if isinstance(layer, Dense) else None
+    width = weight.shape[0 if member.out else 1] if weight is not None else max(member.index) + 1
+    return rest == 0 and sorted(member.root) == sorted([*range(channels)] * each) and max(member.index) < width
+
+
+def _with_random_weights(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose every weight and batch-norm statistic counts: no zero scales, no idle biases.
+
+    Each layer damps its input, so that in a deep residual network neither activations nor rounding errors blow up."""
+    twin = copy.deepcopy(model).eval()
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, t in _tensors(twin).items():
+        if isinstance(t, nn.Parameter) and t.dim() >= 2:
+            state[name] = (torch.randn(t.shape, generator=draw) * (0.5 / max(1, t[0].numel())) ** 0.5).to(t)
+        elif isinstance(t, nn.Parameter) or name.endswith(("running_mean", "running_var")):
+            low = 0.0 if name.endswith(("bias", "running_mean")) else 0.5
+            state[name] = (low + torch.rand(t.shape, generator=draw)).to(t)
+        else:
+            state[name] = t
+    _fill(twin, state)
+    return twin
+
+
+def _unsound(model: nn.Module, groups: Sequence[Group], example: Tensor) -> set[str]:
+    """Names of groups, the fewest that halving finds, without which the trial of the others succeeds."""
+    if not groups or _equals_masked(model, {g.name: range(1, g.channels, 3) for g in groups}, example):
+        return set()
+    if len(groups) == 1:
+        return {groups[0].name}
+    half = len(groups) // 2
+    return _unsound(model, groups[:half], example) | _unsound(model, groups[half:], example) or {g.name for g in groups}
+
+
+@torch.no_grad()
+def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
+    """Whether `model` without the dropped channels computes what it computes with them masked, on two random images."""
+    like = next(model.parameters())
+    x = torch.rand((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(like)
+    masked = copy.deepcopy(model)
+    try:
+        small = compact(model, dropped, example)
+        got = small.module(x)
+    except (*_TRACER_ERRORS, RuntimeError, UsageError, Unsatisfiable):
+        return False
+    _fill(masked, masked_state(model.state_dict(), small.index))
+    expected = masked(x)
+    tolerance = torch.finfo(like.dtype).eps ** 0.5  # summation order costs some eps, a channel misread far more
+    return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+def _is_plain(graph: tp.DependencyGraph, group: Group, model: nn.Module) -> bool:
+    writers = [m for m in group.members if m.out and isinstance(model.get_submodule(m.layer), Dense)]
+    return len(writers) == 1 and _scales(graph.module2node[model.get_submodule(group.name)], is_producer=True)
+
+
+def _scales(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
     """Whether all that follows `node` up to the next dense layers works channel by channel and scales with its input."""
     if not node.outputs:
         return False
     for after in node.outputs:
         module, operator = after.module, after.grad_fn.name() if after.grad_fn is not None else ""
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, Dense):
             if getattr(module, "groups", 1) != 1:
                 return False
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            if not is_producer or len(node.outputs) != 1 or not _is_plain(after):
+        elif isinstance(module, Norm):
+            if not is_producer or len(node.outputs) != 1 or not _scales(after):
                 return False
-        elif not operator.startswith(_HOMOGENEOUS) or not _is_plain(after):
+        elif not operator.startswith(_HOMOGENEOUS) or not _scales(after):
             return False
     return True
 
 
-def _consumes(member: Member, model: nn.Module) -> bool:
-    return not member.out and isinstance(model.get_submodule(member.layer), nn.Conv2d | nn.Linear)
+def _without_repeats(members: list[Member], model: nn.Module) -> list[Member]:
+    """A batch norm or a depthwise convolution is listed once for its outputs and once for its inputs: the first stays.
 
-
-def _without_repeats(members: list[Member]) -> list[Member]:
-    """A batch norm or a depthwise convolution is listed once for its outputs and once for its inputs: the first stays."""
-    seen: dict[tuple[str, tuple[int, ...]], Member] = {}
+    A dense layer that reads the stream that it writes is two members."""
+    seen: dict[tuple[str, tuple[int, ...], bool], Member] = {}
     for m in members:
-        key = (m.layer, m.index)
+        layer = model.get_submodule(m.layer)
+        two_sided = isinstance(layer, Dense) and getattr(layer, "groups", 1) == 1
+        key = (m.layer, m.index, two_sided and m.out)
         if key not in seen or (m.out and not seen[key].out):
             seen[key] = m
     return list(seen.values())
-
-
-def _foreign(module: nn.Module) -> str | None:
-    """torch-pruning's own stand-ins for add, cat, reshape; a bare parameter on the path is beyond plain channel removal."""
-    return None if type(module).__module__.startswith("torch_pruning") else f"{type(module).__name__} reads them"
 
 
 def _out_pruner(graph: tp.DependencyGraph, layer: nn.Module) -> object:
@@ -241,8 +384,13 @@ def _checked(name: str, channels: Sequence[int], width: int) -> list[int]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     return {name: named[name] for name in model.state_dict()}
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    for name, t in _tensors(model).items():
+        t.data = state[name]
 
 
 def _number_entries(model: nn.Module) -> None:
