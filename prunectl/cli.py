@@ -422,7 +422,7 @@ def demo(
     ui = _ui(json, quiet, verbose, no_progress)
     from prunectl.workflows import demo as workflow
 
-    result = workflow.demo(_options(out, device, None, None, not overwrite, overwrite), ui)
+    result = workflow.demo(_options(out, device, None, None, False, overwrite), ui)
     workflow.show(result, ui)
     ui.document(result)
 

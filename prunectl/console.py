@@ -25,27 +25,28 @@ class Console:
     def __post_init__(self) -> None:
         from rich.console import Console as Rich
 
-        width = None if (sys.stderr if self.json else sys.stdout).isatty() else 140  # a file or a pipe has no width of its own
-        self._out = Rich(stderr=self.json, highlight=False, soft_wrap=True, width=width)
-        self._err = Rich(stderr=True, highlight=False, soft_wrap=True)
+        width = None if (sys.stderr if self.json else sys.stdout).isatty() else 1000  # a file or a pipe has no width of its own
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}  # text is shown as it is
+        self._out = Rich(stderr=self.json, width=width, **plain)
+        self._err = Rich(stderr=True, **plain)
         muted = any(os.environ.get(v) for v in ("CI", "NO_COLOR")) or os.environ.get("TERM") == "dumb"
         self.bars = self.progress and self.verbosity >= 0 and not muted and self._err.is_terminal and (self.json or sys.stdout.isatty())
 
     def say(self, text: str) -> None:
         if self.verbosity >= 0:
-            self._out.print(text, markup=False)
+            self._out.print(text)
 
     def detail(self, text: str) -> None:
         if self.verbosity > 0:
-            self._out.print(text, markup=False)
+            self._out.print(text)
 
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
-            self._err.print(f"warning: {text}", markup=False, style="yellow")
+            self._err.print(f"warning: {text}", style="yellow")
 
     def error(self, text: str) -> None:
-        self._err.print(f"error: {text}", markup=False, style="red")
+        self._err.print(f"error: {text}", style="red")
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Columns after the first are right-aligned; None shows as a dash."""
@@ -92,7 +93,7 @@ class Console:
 def si(value: float) -> str:
     """12_345_678 as 12.3 M."""
     for unit, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= scale:
+        if float(f"{abs(value):.3g}") >= scale:  # 999.6 k is 1 M
             return f"{value / scale:.3g} {unit}"
     return f"{value:.3g}"
 

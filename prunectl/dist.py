@@ -1,4 +1,4 @@
-"""torch.distributed behind four helpers. One process alone passes through all of them unchanged.
+"""torch.distributed behind a few helpers. One process alone passes through all of them unchanged.
 
 `torchrun -m prunectl ...` sets RANK, WORLD_SIZE and LOCAL_RANK; every rank then runs the same workflow on its share of
 each batch, and only rank 0 writes."""
@@ -22,12 +22,20 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_device(name: str) -> torch.device:
+    """The device `name`; of several CUDA devices the one that is this rank's."""
+    several = name == "cuda" and world_size() > 1
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if several else torch.device(name)
+
+
 @contextmanager
 def group(device: torch.device) -> Iterator[None]:
     """The process group of a torchrun launch, for the block's duration; nothing for a single process."""
     if world_size() == 1 or td.is_initialized():
         yield
         return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     td.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -40,6 +48,20 @@ def summed(t: Tensor) -> Tensor:
     if world_size() > 1:
         td.all_reduce(t)
     return t
+
+
+def told(value: bool) -> bool:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if world_size() > 1:
+        td.broadcast_object_list(values, 0)
+    return values[0]
+
+
+def together() -> None:
+    """Every rank is here."""
+    if world_size() > 1:
+        td.barrier()
 
 
 def from_rank_0(model: nn.Module) -> None:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-
 UNFINISHED = ".tmp"  # ends the name of a file that a crash may leave behind
 
 

@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.errors import CorruptFile, RunFolderError
-from prunectl.files import write_csv, write_text
+from prunectl.files import UNFINISHED, write_csv, write_text
 
 MARKER = "recipe.yaml"  # what tells a run folder from any other folder
 
 
 @dataclass(frozen=True)
 class RunDir:
+    """A run's folder. replaced: what it holds is to be thrown away by `clear` once this run begins, and not before."""
+
     path: Path
+    replaced: bool = False
 
     @property
     def recipe(self) -> Path:
@@ -57,7 +60,7 @@ class RunDir:
 
     @property
     def finished(self) -> bool:
-        return self.result.is_file()
+        return self.result.is_file() and not self.replaced
 
     def read_result(self) -> dict[str, Any]:
         return read_json(self.result)
@@ -95,7 +98,7 @@ def opened(out: Path, name: str, *, resume: bool, overwrite: bool) -> Iterator[R
 
     Raises RunFolderError when another process holds it, when it holds an unfinished run and neither flag is given,
     when the path is in use for something else, and when it cannot be written."""
-    run = RunDir(out / name)
+    run = RunDir(out / name, replaced=overwrite)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         lock = (run.path / ".lock").open("a+")
@@ -112,21 +115,25 @@ def opened(out: Path, name: str, *, resume: bool, overwrite: bool) -> Iterator[R
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        _check_state(run, resume=resume, overwrite=overwrite)
+        _check_state(run, resume=resume)
         yield run
 
 
-def _check_state(run: RunDir, *, resume: bool, overwrite: bool) -> None:
-    contents = [p for p in run.path.iterdir() if p.name != ".lock"]
-    if not contents:
-        return
-    if not run.recipe.is_file():
+def _check_state(run: RunDir, *, resume: bool) -> None:
+    contents = [p for p in run.path.iterdir() if p.name != ".lock" and not p.name.endswith(UNFINISHED)]
+    if contents and not run.recipe.is_file():
         raise RunFolderError(f"{run.path} exists and is no run folder (it has no {MARKER}); move it away or change --out")
-    if overwrite:
-        for p in contents:
-            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
-    elif not run.finished and not resume:
+    for left_by_a_crash in run.path.rglob(f".*{UNFINISHED}"):
+        left_by_a_crash.unlink()
+    if contents and not (run.finished or resume or run.replaced):
         raise RunFolderError(f"{run.path} holds an unfinished run: add --resume to go on with it or --overwrite to start again")
+
+
+def clear(run: RunDir) -> None:
+    """Throws away what the folder holds: first what makes it finished, last what makes it a run folder."""
+    for p in sorted(run.path.iterdir(), key=lambda p: (p == run.recipe) - (p == run.result)):
+        if p.name != ".lock":
+            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink()
 
 
 def point_latest(run: RunDir) -> None:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "pruning": BASE,
     **dict.fromkeys(MIDDLE, BASE | {"files", "pruning"} | MIDDLE),
-    **dict.fromkeys(("recipe", "rundir", "console"), {"errors", "registry", "files"}),
+    **{room: {"errors", "registry", "files"} for room in ("recipe", "rundir", "console")},
     "workflows": BASE | {"files", "pruning", "recipe", "rundir", "console"} | MIDDLE,
     "cli": {"errors", "registry", "recipe", "rundir", "console", "workflows", "models", "data"},  # the last two for their lists
     "__main__": {"cli"},

@@ -55,7 +55,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return _read(path), passed_over
         except CorruptFile as e:
-            passed_over.append(f"{e}; taking the one before it")
+            passed_over.append(str(e))
     return None, passed_over
 
 
@@ -73,7 +73,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as e:
         if path.is_file() and path.open("rb").read(2).startswith(PICKLES):
-            raise CorruptFile(f"{path} is a pickle (a .pt file): it could run code when opened, so prunectl reads safetensors only") from None
+            raise CorruptFile(
+                f"{path} is a pickle (a .pt file): it could run code when opened, so prunectl reads safetensors only"
+            ) from None
         raise CorruptFile(f"{path} is no whole safetensors file ({e})") from None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunectl import models
-from prunectl.errors import CorruptFile, VerificationFailed
+from prunectl.errors import CorruptFile, UsageError, VerificationFailed
 from prunectl.files import sha256, write_json
 from prunectl.pruning import cost
 from prunectl.pruning.surgery import replay
@@ -114,18 +114,20 @@ def read(path: Path) -> CompactModel:
 
 
 def locate(path: Path) -> Path:
-    """The compact-model folder meant by `path`: itself, a file in it, or a run folder's final network."""
+    """The compact-model folder meant by `path`: itself, a file in it, or a finished run folder's final network."""
     if not path.exists():
-        raise CorruptFile(f"there is no model at {path}")
+        raise UsageError(f"there is no run or saved network at {path}")
     if path.is_file() and path.name in (PLAN, WEIGHTS):
         return path.parent
     if path.is_file():
         read_tensors(path)  # says so when it is a pickle
         raise CorruptFile(f"{path} is no saved model: expected a run folder or a folder with {PLAN}")
+    if (path / "recipe.yaml").is_file() and not (path / "result.json").is_file():
+        raise UsageError(f"{path} is an unfinished run: go on with it by --resume, or name a network inside it")
     for candidate in (path, path / "compact", path / "model", path / "dense"):
         if (candidate / PLAN).is_file():
             return candidate
-    raise CorruptFile(f"{path} holds no finished model: expected a finished run, or a folder with {PLAN}")
+    raise UsageError(f"{path} holds no saved network: expected a finished run, or a folder with {PLAN}")
 
 
 def load(path: str | Path) -> nn.Module:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prunectl import dist
 from prunectl.errors import DeviceUnavailable, UsageError
 
 
@@ -41,7 +42,7 @@ def place(device: str, precision: str) -> Placement:
     """The placement for `device` (auto, cpu, cuda, cuda:1) and `precision` (auto, fp32, bf16, fp16).
 
     auto precision is bf16 where it is fast: CPUs with AMX or AVX512-BF16, and CUDA devices that support it."""
-    target = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
+    target = dist.local_device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DeviceUnavailable("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
     fast_bf16 = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_has_fast_bf16()
@@ -54,7 +55,7 @@ def place(device: str, precision: str) -> Placement:
 
 def _device(text: str) -> torch.device:
     try:
-        device = torch.device(text)
+        device = dist.local_device(text)
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.console import Console, si
-from prunectl.recipe import resolve
+from prunectl.recipe import Recipe, resolve
+from prunectl.rundir import RunDir
 from prunectl.workflows.bench import Request as Bench
 from prunectl.workflows.bench import bench
 from prunectl.workflows.export import Request as Export
@@ -21,9 +23,9 @@ MODEL, DATASET = "resnet8", "fashion-mini"
 def demo(options: Options, ui: Console) -> dict[str, Any]:
     """Trains resnet8 dense, finds and trains its ticket on the same schedule, exports both and times them; all of it resumes."""
     ui.say(f"1/4  prunectl train {MODEL} {DATASET}")
-    dense = train(resolve("train", model=MODEL, dataset=DATASET), options, ui)
+    dense = train(*_resuming("train", options), ui)
     ui.say(f"2/4  prunectl find-ticket {MODEL} {DATASET}")
-    ticket = find_ticket(resolve("find-ticket", model=MODEL, dataset=DATASET), options, ui)
+    ticket = find_ticket(*_resuming("find-ticket", options), ui)
     runs = [options.out / dense["run"], options.out / ticket["run"]]
     small = runs[1] / ("compact" if ticket["compact"] else "dense")
     ui.say(f"3/4  prunectl export {runs[0]} ; prunectl export {runs[1]}")
@@ -40,6 +42,13 @@ def demo(options: Options, ui: Console) -> dict[str, Any]:
         "bench": measured,
         "files": _files(options.out, dense, ticket),
     }
+
+
+def _resuming(verb: str, options: Options) -> tuple[Recipe, Options]:
+    """The recipe of one step, and the options that go on with its run where one was begun."""
+    recipe = resolve(verb, model=MODEL, dataset=DATASET)
+    begun = RunDir(options.out / recipe.run_name).recipe.is_file()
+    return recipe, replace(options, resume=begun and not options.overwrite)
 
 
 def _files(out: Path, dense: dict[str, Any], ticket: dict[str, Any]) -> dict[str, int | None]:

@@ -27,7 +27,7 @@ from prunectl.recipe import Recipe, Ticket
 from prunectl.training.gradients import mean_gradients
 from prunectl.training.optimizers import momentum_of, set_momentum
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Options, Session, adopt, averaged, begin, fit, run_folder
+from prunectl.workflows.session import Options, Session, adopt, averaged, begin, fit, from_disk, run_folder
 
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
@@ -39,7 +39,7 @@ def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | No
     options, ui = options or Options(), ui or Console(verbosity=-1)
     with run_folder(recipe, options) as run:
         if run.finished:
-            return run.read_result()
+            return from_disk(run, ui)
         session = begin(recipe, run, options, ui)
         settings = recipe.ticket or Ticket()
         preflight(session, settings)

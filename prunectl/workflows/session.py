@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from prunectl import __version__, data, dist, models
 from prunectl.console import Console
 from prunectl.data import Dataset
-from prunectl.errors import CorruptFile, Interrupted, UsageError
+from prunectl.errors import CorruptFile, Interrupted, PrunectlError, RunFolderError, UsageError
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Train
-from prunectl.rundir import RunDir, discard_if_empty, opened, point_latest, read_jsonl
+from prunectl.rundir import RunDir, clear, discard_if_empty, opened, point_latest, read_jsonl
 from prunectl.training import checkpoint, compactmodel
 from prunectl.training.evaluate import Accuracy, accuracy
 from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, TrainState, steps
@@ -80,6 +81,7 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     make_optimizer: MakeOptimizer = momentum_sgd
     notes: dict[str, Any] = field(default_factory=dict)
+    resume: bool = False
 
     @property
     def wall_s(self) -> float:
@@ -156,15 +158,40 @@ class Session:
 
 @contextmanager
 def run_folder(recipe: Recipe, options: Options) -> Iterator[RunDir]:
-    """The recipe's run folder, locked by rank 0."""
-    if dist.rank() != 0:
-        yield RunDir(options.out / recipe.run_name)
-        return
-    with opened(options.out, recipe.run_name, resume=options.resume, overwrite=options.overwrite) as run:
+    """The recipe's run folder, locked by rank 0, and the process group of all ranks, for as long as the run lasts.
+
+    Ctrl-C and SIGTERM end in Interrupted, a diverged loss in Diverged; both name what is saved."""
+    with dist.group(place(options.device, recipe.train.precision).device), _opened(recipe, options) as run, _sigterm_as_ctrl_c():
         try:
             yield run
-        finally:
-            discard_if_empty(run)  # refused before anything began: leave no folder behind
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted: {_saved(run, recipe)}") from None
+        except Diverged as e:
+            raise Diverged(f"{e}; the last good checkpoint is that of epoch {_saved_epoch(run)} in {run.checkpoints}") from None
+
+
+@contextmanager
+def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
+    if dist.rank() != 0:
+        if not dist.told(False):
+            raise RunFolderError("the first process refused the run folder")
+        yield RunDir(options.out / recipe.run_name, replaced=options.overwrite)
+        return
+    with ExitStack() as held:
+        try:
+            run = held.enter_context(opened(options.out, recipe.run_name, resume=options.resume, overwrite=options.overwrite))
+        except PrunectlError:
+            dist.told(False)
+            raise
+        dist.told(True)
+        held.callback(discard_if_empty, run)  # refused before anything began: leave no folder behind
+        yield run
+
+
+def from_disk(run: RunDir, ui: Console) -> dict[str, Any]:
+    """The result of a finished run."""
+    ui.say(f"{run.path} is finished: this is its result; --overwrite would run it again")
+    return run.read_result()
 
 
 def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optimizer: MakeOptimizer = momentum_sgd) -> Session:
@@ -203,21 +230,22 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
         arguments, pruned, model = _start(recipe, arguments)
     else:
         model = models.build(**arguments, seed=recipe.seed)
-    session = Session(
-        recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), steps=pruned, make_optimizer=make_optimizer
-    )
+    session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), pruned)
+    session.make_optimizer, session.resume = make_optimizer, options.resume
     adopt(session, model)
     return session
 
 
 def record(session: Session) -> None:
-    """recipe.yaml and run.json: from here on the folder is a run."""
+    """recipe.yaml and run.json: from here on the folder is this run's."""
     if dist.rank() != 0:
         return
+    if session.run.replaced:
+        clear(session.run)
     hard = hardware(session.place)
     info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": _commit()}
+    write_text(session.run.recipe, session.recipe.to_yaml())  # first: it marks the folder as a run
     write_json(session.run.info, info)
-    write_text(session.run.recipe, session.recipe.to_yaml())
     point_latest(session.run)
 
 
@@ -243,11 +271,12 @@ def fit(session: Session, keeper: Keeper | None = None, rate: Callable[[float], 
     """Trains to the end of the schedule from wherever the checkpoints are; the caller's `for` body acts between steps.
 
     rate: share of the schedule done -> learning rate; None: the recipe's own.
-    At the end of each epoch, after the body: validation accuracy, one line, metrics, a checkpoint. Ctrl-C and SIGTERM
-    end in Interrupted, a diverged loss in Diverged; both name the last checkpoint."""
+    At the end of each epoch, after the body: validation accuracy, one line, metrics, a checkpoint. Raises Diverged."""
     s, t = session, session.recipe.train
     record(s)
+    dist.together()
     _resume(s, keeper)
+    dist.together()
     if s.state.epoch == 0 and t.epochs:
         _save(s, keeper)
     per_epoch, size = s.batches if t.epochs else (1, 1)
@@ -257,19 +286,12 @@ def fit(session: Session, keeper: Keeper | None = None, rate: Callable[[float], 
         s.state, s.data, s.place, schedule, epochs=t.epochs, steps_per_epoch=per_epoch, batch_size=size, seed=seed, objective=objective
     )
     label = f"{s.recipe.model.name} on {s.data.info.name}"
-    try:
-        with dist.group(s.place.device), _sigterm_as_ctrl_c():
-            dist.from_rank_0(s.state.model)
-            for step in s.ui.track(running, total=per_epoch * t.epochs, done=per_epoch * s.state.epoch, label=label):
-                s.spent_flops += cost.training_flops(s.macs, step.images)
-                yield step
-                if step.summary:
-                    _end_of_epoch(s, step.summary, keeper)
-    except KeyboardInterrupt:
-        saved = f"everything up to epoch {_saved_epoch(s)} of {t.epochs} is saved"
-        raise Interrupted(f"interrupted: {saved} in {s.run.path}; go on with the same command and --resume") from None
-    except Diverged as e:
-        raise Diverged(f"{e}; the last good checkpoint is that of epoch {_saved_epoch(s)} in {s.run.checkpoints}") from None
+    dist.from_rank_0(s.state.model)
+    for step in s.ui.track(running, total=per_epoch * t.epochs, done=per_epoch * s.state.epoch, label=label):
+        s.spent_flops += cost.training_flops(s.macs, step.images)
+        yield step
+        if step.summary:
+            _end_of_epoch(s, step.summary, keeper)
 
 
 @contextmanager
@@ -318,6 +340,8 @@ def training_images_per_s(rows: list[dict[str, Any]]) -> float | None:
 def _end_of_epoch(s: Session, summary: EpochSummary, keeper: Keeper | None) -> None:
     dist.from_rank_0(s.state.model)
     val = s.accuracy("val")
+    if not math.isfinite(val.loss):  # the last step may have spoilt weights whose loss was still finite
+        raise Diverged(f"the validation loss is no longer finite after {summary.epoch} epochs; lower train.lr or check the data")
     rate = summary.images / summary.seconds
     s.rows.append(
         {
@@ -365,12 +389,16 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
     """The newest whole checkpoint, where there is one: weights, pruning, momentum, average and the keeper's state."""
     found, passed_over = checkpoint.newest(s.run.checkpoints)
     for sentence in passed_over:
-        s.ui.warn(sentence)
+        s.ui.warn(f"{sentence}; " + (f"taking that of epoch {found.epoch} instead" if found else "there is none before it"))
     if found is None:
+        if s.resume:
+            s.ui.say(f"nothing to resume in {s.run.path}: starting from the beginning")
         return
     if found.meta["steps"] != s.steps:
         s.steps = found.meta["steps"]
         adopt(s, compactmodel.rebuild(s.arguments, s.steps))
+        if s.recipe.train.distill and s.recipe.verb == "find-ticket":
+            s.state.teacher = s.place.put(compactmodel.read(s.run.path / "dense").module())
     s.state.model.load_state_dict(found.section("model"))
     load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
     if s.state.average is not None:
@@ -384,9 +412,16 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
     s.ui.say(f"resumed {s.run.path} after epoch {found.epoch}")
 
 
-def _saved_epoch(s: Session) -> int:
-    found, _ = checkpoint.newest(s.run.checkpoints)
-    return found.epoch if found else 0
+def _saved_epoch(run: RunDir) -> int | None:
+    found, _ = checkpoint.newest(run.checkpoints)
+    return found.epoch if found else None
+
+
+def _saved(run: RunDir, recipe: Recipe) -> str:
+    epoch = _saved_epoch(run)
+    if epoch is None:
+        return "nothing was saved yet; give the same command again"
+    return f"everything up to epoch {epoch} of {recipe.train.epochs} is saved in {run.path}; go on with the same command and --resume"
 
 
 def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:

@@ -33,6 +33,7 @@ from prunectl.workflows.session import (
     averaged,
     begin,
     fit,
+    from_disk,
     momentum_sgd,
     reset_average,
     run_folder,
@@ -50,7 +51,7 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
     options, ui = options or Options(), ui or Console(verbosity=-1)
     with run_folder(recipe, options) as run:
         if run.finished:
-            return run.read_result()
+            return from_disk(run, ui)
         session, sets = prepared(recipe, run, options, ui)
         start_inside(session, sets)
         for step in fit(session, sets, rate_of(session, sets.settings)):
