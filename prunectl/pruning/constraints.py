@@ -2,8 +2,9 @@
 
 A set is a frozen record of plain numbers, symmetric about 0 and proportional to its `radius`; tensors of any shape come in
 and go out with dtype, device and memory format kept. `lmo(g)` returns argmin of <v, g> over the set, ties broken by the
-lowest row-major index, 0 where g is 0; `diameter` is the L2 one; `gauge(x)` is the factor by which the set must grow to
-reach x (<= 1 inside); `shrink(x)` is the point x / gauge(x) if x lies outside. No set ever looks at a model or keeps state.
+lowest row-major index, 0 where g is 0, written over `memory` (1-D) where that helps; `diameter` is the L2 one; `gauge(x)` is
+the factor by which the set must grow to reach x (<= 1 inside); `shrink(x)` is the point x / gauge(x) if x lies outside. No set
+ever looks at a model or keeps state.
 
 K-sparse polytope and L2 diameters: Pokutta, Spiegel, Zimmer, arXiv 2010.07243; k-support and group-k-support norm balls:
 Zimmer, Spiegel, Pokutta, arXiv 2205.11921, after Argyriou, Foygel, Srebro, NeurIPS 2012."""
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunectl.errors import Unsatisfiable, UsageError
-from prunectl.pruning.topk import Workspace, top_k
+from prunectl.pruning.topk import like, top_k
 from prunectl.registry import Registry
 
 constraints = Registry("constraint", "pruning/constraints.py")
@@ -30,7 +31,7 @@ class ConstraintSet(Protocol):
 
     kind: ClassVar[str]
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor: ...
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor: ...
     def diameter(self, shape: torch.Size) -> float: ...
     def gauge(self, x: Tensor) -> Tensor: ...
     def shrink(self, x: Tensor) -> Tensor: ...
@@ -83,8 +84,8 @@ class KSparse:
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
-        return top_k(g, self.k, workspace=workspace).sign_().mul_(-self.radius)
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
+        return top_k(g, self.k, memory=memory).sign_().mul_(-self.radius)
 
     def diameter(self, shape: torch.Size) -> float:
         return 2 * self.radius * math.sqrt(min(self.k, shape.numel()))
@@ -112,8 +113,8 @@ class KSupport:
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
-        return _onto_sphere_(top_k(g, self.k, workspace=workspace), self.radius)
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
+        return _onto_sphere_(top_k(g, self.k, memory=memory), self.radius)
 
     def diameter(self, shape: torch.Size) -> float:
         return 2 * self.radius
@@ -140,9 +141,9 @@ class GroupKSupport:
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
         kept = top_k(filter_norms(g), self.k) != 0
-        return _onto_sphere_(_mul(g, kept.view(-1, *[1] * (g.dim() - 1)), workspace), self.radius)
+        return _onto_sphere_(_mul(g, kept.view(-1, *[1] * (g.dim() - 1)), memory), self.radius)
 
     def diameter(self, shape: torch.Size) -> float:
         return 2 * self.radius
@@ -173,8 +174,8 @@ class NM:
         _require(self.n <= self.m, self.kind, f"n = {self.n} of m = {self.m}", "n at most m")
         _require_radius(self.kind, self.radius)
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
-        return _onto_sphere_(_mul(g, nm_mask(g, self.n, self.m), workspace), self.radius)
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
+        return _onto_sphere_(_mul(g, nm_mask(g, self.n, self.m), memory), self.radius)
 
     def diameter(self, shape: torch.Size) -> float:
         return 2 * self.radius
@@ -200,11 +201,11 @@ class LpBall:
         _require(self.p >= 1, self.kind, f"p = {self.p}", "a number from 1 to inf")
         _require_radius(self.kind, self.radius)
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
         if self.p == 1:
-            return top_k(g, 1, workspace=workspace).sign_().mul_(-self.radius)
+            return top_k(g, 1, memory=memory).sign_().mul_(-self.radius)
         if self.p == 2:
-            return _onto_sphere_(_mul(g, g.new_ones(()), workspace), self.radius)
+            return _onto_sphere_(_mul(g, g.new_ones(()), memory), self.radius)
         if self.p == math.inf:
             return g.sign().mul_(-self.radius)
         dual = self.p / (self.p - 1)
@@ -229,7 +230,7 @@ class Unconstrained:
 
     kind: ClassVar[str] = "none"
 
-    def lmo(self, g: Tensor, *, workspace: Workspace | None = None) -> Tensor:
+    def lmo(self, g: Tensor, *, memory: Tensor | None = None) -> Tensor:
         raise UsageError("constraint none: an unbounded set has no LMO; ask a bounded one.")
 
     def diameter(self, shape: torch.Size) -> float:
@@ -283,8 +284,8 @@ def _onto_sphere_(x: Tensor, radius: float) -> Tensor:
     return x.mul_(torch.where(norm > 0, -radius / norm, 0))
 
 
-def _mul(g: Tensor, mask: Tensor, workspace: Workspace | None) -> Tensor:
-    return torch.mul(g, mask) if workspace is None else torch.mul(g, mask, out=workspace.like(g))
+def _mul(g: Tensor, mask: Tensor, memory: Tensor | None) -> Tensor:
+    return torch.mul(g, mask) if memory is None else torch.mul(g, mask, out=like(g, memory))
 
 
 def _norm(x: Tensor, p: float = 2) -> Tensor:

@@ -22,22 +22,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, cast, get_args, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from prunectl.errors import UsageError
-from prunectl.pruning import sfw_kernel
+from prunectl.pruning import sfw_kernel, sfw_stream
 from prunectl.pruning.constraints import ConstraintSet, Unconstrained, from_dict
-from prunectl.pruning.topk import Workspace, is_dense, memory_order
+from prunectl.pruning.topk import Bracket, is_dense, memory_order
 
 Rescale = Literal["gradient", "diameter", "none"]
 Kernel = Literal["none", "compiled"]
 _RESCALES, _KERNELS = get_args(Rescale), get_args(Kernel)
 
-_CHUNK = 1 << 22  # entries of a temporary
-_CACHED = 1 << 18  # entries that stay in a CPU's cache
+_CHUNK = 1 << 18  # entries of a temporary difference
 _STACK_UPTO = 1 << 16  # entries; smaller tensors of one shape are stacked and stepped by one set of kernels
 
 
@@ -89,19 +87,6 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return _norm(torch.stack([_norm(x - y) for x, y in pairs]))
 
 
-def _distance_on_cpu(a: Tensor, b: Tensor) -> float:
-    """The same for large float32 and float64 tensors in half the time: one buffer, BLAS, sums of chunks in double."""
-    if a.numel() <= _CACHED or a.itemsize < 4 or a.stride() != b.stride():
-        return _distance(a, b).item()
-    x, y, total = memory_order(a).numpy(), memory_order(b).numpy(), 0.0
-    buffer = np.empty(_CACHED, x.dtype)
-    for start in range(0, x.size, _CACHED):
-        part = x[start : start + _CACHED]
-        difference = np.subtract(part, y[start : start + _CACHED], out=buffer[: part.size])
-        total += float(np.dot(difference, difference))
-    return math.sqrt(total)
-
-
 @dataclass(frozen=True)
 class SFWStatistics:
     """Where a run stands; 0-d tensors on the parameters' device, so that reading them is the only wait.
@@ -141,22 +126,23 @@ class SFW(Optimizer):
     ) -> None:
         settings = {"lr": lr, "momentum": momentum, "rescale": rescale, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "constraint": constraint, "kernel": kernel})
-        self._forget_workspaces()
+        self._brackets: dict[Tensor, Bracket] = {}
         counts = {name: torch.zeros((), dtype=torch.int64, device=self._device) for name in ("clamped", "screened")}
         cast(dict[str, Any], self.state)["counts"] = counts  # a name among the tensors: checkpoints keep it as it is
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget_workspaces()
-
-    def _forget_workspaces(self) -> None:
-        self._buffer = torch.empty(0)
-        self._workspaces: dict[Tensor, Workspace] = {}
+        self._brackets = {}
 
     @property
     def _device(self) -> torch.device:
         device: torch.device = self.param_groups[0]["params"][0].device
         return device
+
+    @property
+    def _reads_back(self) -> bool:
+        """Whether looking at a value costs nothing; elsewhere it would stall the queue."""
+        return self._device.type == "cpu"
 
     @property
     def _counts(self) -> dict[str, Tensor]:
@@ -199,7 +185,7 @@ class SFW(Optimizer):
             return loss
         finite = _all_finite([p.grad for p, _ in moving if p.grad is not None])
         self._counts["screened"] += ~finite
-        if self._device.type != "cpu":
+        if not self._reads_back:
             self._step_without_sync(moving, finite)
         elif finite:
             self._step_on_cpu(moving)
@@ -245,36 +231,36 @@ class SFW(Optimizer):
         momentum: Tensor = state["momentum_buffer"]
         return momentum
 
-    def _workspace(self, p: Tensor) -> Workspace:
-        """p's own memory of its threshold over one buffer for all: fresh memory for every vertex would cost more than the vertex."""
-        if self._buffer.numel() < p.numel() or self._buffer.dtype != p.dtype:
-            self._buffer = torch.empty(p.numel(), dtype=p.dtype)
-        workspace = self._workspaces.setdefault(p, Workspace())
-        workspace.buffer = self._buffer
-        return workspace
-
     def _step_on_cpu(self, moving: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        jobs, clamped = [], 0
+        gammas, compiled = [], []
         for p, group in moving:
             m, g, constraint = self._momentum(p), _gradient(p, group), group["constraint"]
             weight = 1 - group["momentum"] if self.state[p]["step"] else 1.0
             self.state[p]["step"] += 1
-            if group["kernel"] == "compiled" and sfw_kernel.fits(p, g, constraint):
-                length = group["lr"] / constraint.diameter(p.shape) if group["rescale"] == "diameter" else group["lr"]
-                workspace = self._workspaces.setdefault(p, Workspace())
-                jobs.append(sfw_kernel.Job(p, m, g, constraint, weight, group["rescale"] == "gradient", length, workspace))
-                continue
-            m.lerp_(g, weight)
             if isinstance(constraint, Unconstrained):
-                p.add_(m, alpha=-group["lr"])
-                continue
-            v = constraint.lmo(m, workspace=self._workspace(p))
-            norm, distance = _norm(m).item(), _distance_on_cpu(p.detach(), v)
-            if norm and distance:
-                gamma = _gamma(norm, distance, group["lr"], group["rescale"], constraint.diameter(p.shape))
-                clamped += gamma > 1
-                p.lerp_(v, min(gamma, 1.0))
-        self._counts["clamped"] += clamped + (sfw_kernel.run_(jobs) if jobs else 0)
+                p.add_(m.lerp_(g, weight), alpha=-group["lr"])
+            elif sfw_stream.fits(p, g, constraint):
+                length = group["lr"] / constraint.diameter(p.shape) if group["rescale"] == "diameter" else group["lr"]
+                bracket = self._brackets.setdefault(p, Bracket())
+                job = sfw_stream.Job(p, m, g, constraint, weight, group["rescale"] == "gradient", length, bracket)
+                if group["kernel"] == "compiled" and sfw_kernel.fits(job):
+                    compiled.append(job)
+                else:
+                    gammas.append(sfw_stream.step_(job, self._memory))
+            else:
+                m.lerp_(g, weight)
+                v = constraint.lmo(m, memory=self._memory)
+                norm, distance = _norm(m).item(), _distance(p, v).item()
+                if norm and distance:
+                    gammas.append(_gamma(norm, distance, group["lr"], group["rescale"], constraint.diameter(p.shape)))
+                    p.lerp_(v, min(gammas[-1], 1.0))
+        self._counts["clamped"] += sum(gamma > 1 for gamma in gammas) + (sfw_kernel.run_(compiled) if compiled else 0)
+
+    @functools.cached_property
+    def _memory(self) -> Tensor:
+        """Room for the largest tensor's vertex, kept: new memory for every vertex would cost more than the vertex."""
+        largest = max((p for p, _ in self._parameters()), key=lambda p: p.numel())
+        return torch.empty(largest.numel(), dtype=largest.dtype)
 
     def _step_without_sync(self, moving: list[tuple[Tensor, dict[str, Any]]], finite: Tensor) -> None:
         """The same step with nothing read back: what must not happen is multiplied away, small tensors of one shape go at once."""

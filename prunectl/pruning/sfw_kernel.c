@@ -8,7 +8,7 @@
 
 enum { SIGNS = 0, VALUES = 1 };                       /* vertices of the K-sparse polytope, of the k-support ball */
 enum { GRADIENT = 0, FIXED = 1 };                     /* gamma = length |m| / |w - v|, gamma = length */
-enum { BLOCK = 64, INSIDE = 1 << 16 };
+enum { BLOCK = 64, SAMPLE = 1 << 14 };
 
 typedef struct {
     float *w, *m;
@@ -21,6 +21,11 @@ typedef struct {
     int32_t kth;                                      /* out: bits of the k-th largest magnitude */
     double gamma;                                     /* out: before clamping to 1 */
 } Task;
+
+typedef struct {
+    int64_t above, inside, room;
+    float *values;
+} Found;
 
 static inline int32_t magnitude(float x) {
     int32_t bits;
@@ -53,40 +58,67 @@ static int32_t select_kth(const float *x, int64_t n, int64_t k, int64_t *surplus
     return prefix;
 }
 
-/* m = average of m and g; counts magnitudes above `high`, collects those in [low, high]; the sum of m^2. */
-static double average(Task *t, float *inside, int64_t *collected, int64_t *above) {
+/* Counts magnitudes above `high` and collects those in [low, high], at most `room` of them. */
+static inline void scan(const float *x, int64_t n, float low, float high, Found *f) {
+    int32_t larger = 0, any = 0;
+#pragma omp simd reduction(+ : larger) reduction(| : any)
+    for (int64_t i = 0; i < n; i++) {
+        float a = fabsf(x[i]);
+        larger += a > high;
+        any |= (a >= low) & (a <= high);
+    }
+    f->above += larger;
+    if (!any) return;
+    for (int64_t i = 0; i < n; i++) {
+        float a = fabsf(x[i]);
+        if (a >= low && a <= high) {
+            if (f->inside < f->room) f->values[f->inside] = a;
+            f->inside++;
+        }
+    }
+}
+
+static int holds_rank(const Found *f, int64_t k) {
+    return f->above < k && k <= f->above + f->inside && f->inside <= f->room;
+}
+
+/* m = average of m and g, scanned while in cache; the sum of m^2. */
+static double average(Task *t, Found *f) {
     float *restrict m = t->m;
     const float *restrict g = t->g;
     const float weight = t->weight, low = value(t->low), high = value(t->high);
     double norm2 = 0;
-    int64_t over = 0, within = 0;
     for (int64_t start = 0; start < t->n; start += BLOCK) {
         int64_t end = start + BLOCK < t->n ? start + BLOCK : t->n;
-        int32_t larger = 0, any = 0;
         double sum = 0;
-#pragma omp simd reduction(+ : sum, larger) reduction(| : any)
+#pragma omp simd reduction(+ : sum)
         for (int64_t i = start; i < end; i++) {
             float x = weight == 1.0f ? g[i] : m[i] + weight * (g[i] - m[i]);
-            float a = fabsf(x);
             m[i] = x;
             sum += (double)x * x;
-            larger += a > high;
-            any |= (a >= low) & (a <= high);
         }
         norm2 += sum;
-        over += larger;
-        if (any)
-            for (int64_t i = start; i < end; i++) {
-                float a = fabsf(m[i]);
-                if (a >= low && a <= high) {
-                    if (within < INSIDE) inside[within] = a;
-                    within++;
-                }
-            }
+        scan(m + start, end - start, low, high, f);
     }
-    *above = over;
-    *collected = within;
     return norm2;
+}
+
+/* Bits of the k-th largest magnitude of m: in the given bracket, else in a sampled one, else among all. */
+static int32_t kth_largest(const Task *t, Found *f, int64_t *surplus) {
+    if (!holds_rank(f, t->k) && t->n > 32 * SAMPLE) {
+        int64_t stride = t->n / SAMPLE | 1, taken = 0, ignored;
+        while (stride % 3 == 0 || stride % 5 == 0 || stride % 7 == 0) stride += 2; /* out of step with kernels and channels */
+        for (int64_t i = 0; i < t->n && taken < f->room; i += stride) f->values[taken++] = t->m[i];
+        double share = (double)t->k / t->n, spread = 4 * sqrt(taken * share * (1 - share)) + 2;
+        int64_t first = (int64_t)(taken * share - spread), last = (int64_t)(taken * share + spread);
+        int32_t high = first < 1 ? 0x7f7fffff : select_kth(f->values, taken, first, &ignored);
+        int32_t low = last > taken ? 0 : select_kth(f->values, taken, last, &ignored);
+        f->above = f->inside = 0;
+        for (int64_t start = 0; start < t->n; start += BLOCK)
+            scan(t->m + start, start + BLOCK < t->n ? BLOCK : t->n - start, value(low), value(high), f);
+    }
+    if (holds_rank(f, t->k)) return select_kth(f->values, f->inside, t->k - f->above, surplus);
+    return select_kth(t->m, t->n, t->k, surplus);
 }
 
 /* Index from which on entries equal to the k-th no longer count: the last `surplus` of them lie there. */
@@ -123,13 +155,11 @@ static void move(const Task *t, int64_t from, int64_t to, float threshold, float
     }
 }
 
-static void step(Task *t, float *inside) {
-    int64_t above, collected, surplus;
-    double norm2 = average(t, inside, &collected, &above), ww = 0, wu = 0, uu = 0;
-    if (above < t->k && t->k <= above + collected && collected <= INSIDE)
-        t->kth = select_kth(inside, collected, t->k - above, &surplus);
-    else
-        t->kth = select_kth(t->m, t->n, t->k, &surplus);
+static void step(Task *t, float *scratch, int64_t room) {
+    Found found = {0, 0, room, scratch};
+    int64_t surplus;
+    double norm2 = average(t, &found), ww = 0, wu = 0, uu = 0;
+    t->kth = kth_largest(t, &found, &surplus);
     int64_t cut = cut_after(t->m, t->n, t->kth, surplus);
     float at_least = value(t->kth), more = value(t->kth + 1);
     products(t, 0, cut, at_least, &ww, &wu, &uu);
@@ -143,8 +173,7 @@ static void step(Task *t, float *inside) {
     move(t, cut, t->n, more, gamma, scale);
 }
 
-void sfw_steps(Task *tasks, int64_t count) {
-    float inside[INSIDE];
-    for (int64_t i = 0; i < count; i++) step(&tasks[i], inside);
+/* scratch: at least max(SAMPLE + SAMPLE / 2, largest n / 8) floats, `room` of them. */
+void sfw_steps(Task *tasks, int64_t count, float *scratch, int64_t room) {
+    for (int64_t i = 0; i < count; i++) step(&tasks[i], scratch, room);
 }
-

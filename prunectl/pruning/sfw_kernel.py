@@ -1,8 +1,8 @@
-"""An optional compiled step for contiguous float32 tensors on K-sparse and k-support sets: SFW(..., kernel="compiled").
+"""The streamed step of sfw_stream.py in C, for contiguous float32 tensors: SFW(..., kernel="compiled").
 
 The C source beside this file is built once a process by the machine's own compiler (`CC`, else `cc`), for its own processor,
-in a temporary folder that is gone after loading. Same step as sfw.py: exact support, sums in double, so results differ from
-the uncompiled step by rounding only. Tensors are shared out to `torch.get_num_threads()` threads whole, so results do not
+in a temporary folder that is gone after loading. Exact support, sums in double: results differ from the uncompiled step by
+rounding only. Tensors are shared out to `torch.get_num_threads()` threads whole, so results do not
 depend on their number."""
 
 from __future__ import annotations
@@ -16,32 +16,18 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from prunectl.errors import UsageError
-from prunectl.pruning.constraints import ConstraintSet, KSparse, KSupport
-from prunectl.pruning.topk import Workspace
+from prunectl.pruning.constraints import KSparse
+from prunectl.pruning.sfw_stream import Job
 
 SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O2", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd", "-shared", "-fPIC")
+_LEAST_SCRATCH = 3 << 13  # floats
 _SIGNS, _VALUES = 0, 1
 _GRADIENT, _FIXED = 0, 1
-
-
-class Job(NamedTuple):
-    """One tensor's step: weights, momentum, gradient; the share of the gradient in the average; length is lr, or lr / D."""
-
-    w: Tensor
-    m: Tensor
-    g: Tensor
-    constraint: KSparse | KSupport
-    weight: float
-    rescaled: bool
-    length: float
-    workspace: Workspace
 
 
 class _Task(ctypes.Structure):
@@ -63,10 +49,9 @@ class _Task(ctypes.Structure):
     )
 
 
-def fits(p: Tensor, g: Tensor, constraint: ConstraintSet) -> bool:
+def fits(job: Job) -> bool:
     """Whether the compiled step can take this tensor."""
-    plain = all(t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() for t in (p, g))
-    return plain and isinstance(constraint, KSparse | KSupport)
+    return job.w.dtype == torch.float32 and job.w.is_contiguous()
 
 
 def run_(jobs: Sequence[Job]) -> int:
@@ -79,14 +64,15 @@ def run_(jobs: Sequence[Job]) -> int:
 
 def _run_share(jobs: Sequence[Job]) -> int:
     tasks = (_Task * len(jobs))(*map(_task, jobs))
-    library().sfw_steps(tasks, len(jobs))
+    scratch = torch.empty(max(_LEAST_SCRATCH, max(job.w.numel() for job in jobs) // 8))
+    library().sfw_steps(tasks, len(jobs), scratch.data_ptr(), scratch.numel())
     for job, task in zip(jobs, tasks, strict=True):
-        job.workspace.saw(task.kth, torch.float32)
+        job.bracket.saw(task.kth, torch.float32)
     return sum(task.gamma > 1 for task in tasks)
 
 
 def _task(job: Job) -> _Task:
-    low, high = job.workspace.bracket or (1, 0)  # nothing lies in [1, 0]: select from all
+    low, high = job.bracket.guess or (1, 0)  # nothing lies in [1, 0]: select from all
     size = job.w.numel()
     return _Task(
         job.w.data_ptr(),
@@ -135,5 +121,5 @@ def library() -> ctypes.CDLL:
                 f"SFW kernel: '{compiler[0]}' failed: {error.stderr.strip().splitlines()[-1]}; leave the kernel out."
             ) from None
         loaded = ctypes.CDLL(str(target))
-    loaded.sfw_steps.argtypes, loaded.sfw_steps.restype = (ctypes.c_void_p, ctypes.c_int64), None
+    loaded.sfw_steps.argtypes, loaded.sfw_steps.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64), None
     return loaded
