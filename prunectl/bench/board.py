@@ -22,7 +22,6 @@ from typing import Any
 
 from prunectl.bench import ssh
 from prunectl.bench.records import Job, RawBench, Settings
-from prunectl.bench.trace import trace_training
 from prunectl.errors import DeviceUnavailable, UsageError
 
 PROTOCOL = 1
@@ -79,6 +78,8 @@ def request_of(job: Job, settings: Settings) -> tuple[dict[str, Any], dict[str, 
             raise UsageError(f"{model.path} keeps its weights in a .data file beside it: export it as one file for a board.")
         about = _keep(files, model.path.read_bytes())
         models.append(about | {"name": model.name, "batch": model.batch, "shapes": model.shapes})
+    if job.train:
+        from prunectl.bench.trace import trace_training  # torch: a bench of files needs none
     for task in job.train:
         about = _keep(files, trace_training(task.module, task.input_shape))
         fields = {name: getattr(task, name) for name in ("name", "input_shape", "num_classes", "steps", "warmup_steps")}

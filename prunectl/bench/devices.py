@@ -1,20 +1,20 @@
 """Where a bench runs: each entry takes the same job and gives a RawBench.
 
-`target` is what stands behind the colon or in --host: a GPU's number, a board's name, a file to replay."""
+`target` is what stands behind the colon or in --host: a GPU's number, a board's name, a file to replay. torch and ONNX Runtime
+are imported by the entries that run something here; a board and a replay start without them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prunectl.bench import board, cuda, latency
+from prunectl.bench import board
 from prunectl.bench.records import Artifact, Job, RawBench, Settings, TrainModel, Window
 from prunectl.bench.sampling import GpuEnergyCounter, HostSampler, host_sampler
 from prunectl.errors import DeviceUnavailable, UsageError
@@ -35,6 +35,9 @@ def parse(spec: str) -> tuple[str, str | None]:
 def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
     """this machine's CPU by ONNX Runtime (training: torch), power by RAPL where the machine has it"""
     import onnxruntime as ort
+    import torch
+
+    from prunectl.bench import latency
 
     with latency.pinned(settings.threads) as cores, host_sampler(settings.period_ms) as sampler:
         calls: list[Call] = []
@@ -62,6 +65,10 @@ def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) ->
 @devices.register(name="cuda")
 def cuda_gpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
     """an NVIDIA GPU of this machine by TensorRT or ONNX Runtime, power by the GPU's energy counter (cuda:1 for the second)"""
+    import torch
+
+    from prunectl.bench import cuda, latency
+
     device = cuda.cuda_device(_gpu_index(target))
     counter = GpuEnergyCounter(device.index)
     with host_sampler(settings.period_ms) as sampler:
@@ -111,7 +118,7 @@ def is_jetson() -> bool:
 
 
 def _environment(sampler: HostSampler) -> dict[str, Any]:
-    return {**sampler.about["environment"], "torch": str(torch.__version__), "platform": platform.platform()}
+    return {**sampler.about["environment"], "torch": importlib.metadata.version("torch"), "platform": platform.platform()}
 
 
 def _gpu_index(target: str | None) -> int:
@@ -122,13 +129,15 @@ def _gpu_index(target: str | None) -> int:
 
 def _module_artifact(task: TrainModel) -> Artifact:
     parameters = sum(p.numel() for p in task.module.parameters())
-    return Artifact(task.name, "module", None, task.input_shape[0], "fp32", {"torch": str(torch.__version__), "params": parameters})
+    return Artifact(task.name, "module", None, task.input_shape[0], "fp32", {"params": parameters})
 
 
 def _interleave(
-    job: Job, calls: list[Call], steps: list[Call], settings: Settings, *, idle: bool, mark: latency.Mark, say: Say
+    job: Job, calls: list[Call], steps: list[Call], settings: Settings, *, idle: bool, mark: Callable[[], None], say: Say
 ) -> tuple[Window, ...]:
     """Idle first; then every model in turn, `repeats` times over; then training the same way. Neighbours share temperature and clocks."""
+    from prunectl.bench import latency
+
     windows = []
     if idle:
         say(f"idle baseline, {settings.idle_s:.0f} s")

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,13 +75,13 @@ class GpuEnergyCounter:
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         except pynvml.NVMLError as error:
             return f"the GPU has no energy counter: {error}"
-        self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # mJ since the driver was loaded
+        self._read_mj: Callable[[], float] = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # since the driver was loaded
         return None
 
     def mark(self) -> None:
         if self.reason is None:
             self._t_ns.append(time.monotonic_ns())
-            self._uj.append(self._read() * 1e3)
+            self._uj.append(self._read_mj() * 1e3)
 
     def power(self) -> Power:
         if self.reason is not None:

@@ -94,13 +94,6 @@ def independent_p50_ms(model: OnnxModel, seconds: float) -> float:
     return float(said.stdout)
 
 
-def test_speed_up_agrees_with_an_independent_loop(pair):
-    """Loosely: other programs use this machine while the tests run. The 5 % are checked by the slow test below."""
-    ours = report(devices.get("cpu")(Job(pair), SWIFT, say=quiet)).ratios[0].median
-    theirs = independent_p50_ms(pair[1], 0.5) / independent_p50_ms(pair[0], 0.5)
-    assert ours == pytest.approx(theirs, rel=0.4)
-
-
 @pytest.mark.slow
 def test_speed_up_agrees_within_5_percent(tmp_path):
     models = onnx_model(tmp_path, "dense", 64), onnx_model(tmp_path, "pruned", 32)
@@ -124,13 +117,13 @@ def test_a_file_that_is_no_model(tmp_path):
 
 
 def test_training_steps_on_the_cpu():
-    tasks = train_model("dense", 32), train_model("ticket", 8)
+    tasks = train_model("dense", 32, steps=6), train_model("ticket", 8, steps=6)
     weights = tasks[0].module[0].weight.clone()
     raw = devices.get("cpu")(Job(train=tasks), SWIFT, say=quiet)
     assert torch.equal(tasks[0].module[0].weight, weights)  # a copy was trained
     assert not tasks[0].module.training
     result = report(raw)
-    assert result.reports[0].train.steps == 30 and result.reports[0].latency_ms is None
+    assert result.reports[0].train.steps == 18 and result.reports[0].latency_ms is None
     ratio = result.ratios[0]
     assert (ratio.metric, ratio.numerator, ratio.denominator) == ("ms_per_step", "ticket", "dense")
     assert ratio.median < 0.9

@@ -72,9 +72,14 @@ def test_two_models_over_ssh(board, sshd, short, tmp_path, dense, monkeypatch):
     assert first.energy.refresh_ms == pytest.approx(50, rel=0.2)
 
 
-def test_this_machine_as_the_board(board, short, dense, monkeypatch):
+def here(board, monkeypatch) -> None:
+    """From now on this machine is that board."""
     for name, value in board.env.items():
         monkeypatch.setenv(name, value)
+
+
+def test_this_machine_as_the_board(board, short, dense, monkeypatch):
+    here(board, monkeypatch)
     raw = host_side.measure_here(Job((dense,)), short(), say=quiet)
     assert report(raw).reports[0].latency_ms["p50"] == pytest.approx(4.0, rel=0.01)
     monkeypatch.undo()
@@ -163,11 +168,16 @@ def test_no_trtexec(board, sshd, short, dense, monkeypatch):
         ("garbage-run", {}, "its times cannot be read"),
     ],
 )
-def test_trtexec_fails(board, sshd, short, dense, monkeypatch, mode, settings, words):
+def test_trtexec_fails(board, short, dense, monkeypatch, mode, settings, words):
     board.set_trtexec(mode=mode, version=8601)
-    with sshd(board) as server:
-        assert words in refused(server, short(**settings), Job((dense,)), monkeypatch)
-        assert board.leftovers() == []
+    here(board, monkeypatch)
+    begin = time.monotonic()
+    with pytest.raises(DeviceUnavailable) as caught:
+        host_side.measure_here(Job((dense,)), short(**settings), say=quiet)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    assert time.monotonic() - begin < 30
+    monkeypatch.undo()
+    assert board.leftovers() == []
     assert not list(board.cache.rglob("*.plan")) or mode.endswith("run")
 
 
@@ -249,10 +259,10 @@ def test_agent_killed_in_the_window(board, sshd, short, dense, monkeypatch):
 def test_ctrl_c_on_the_host(board, sshd, short, dense):
     """A bench of its own process, interrupted as a terminal would."""
     code = (
-        "import sys, pathlib\nfrom prunectl.bench.devices import devices\nfrom prunectl.bench.records import *\n"
+        "import sys, pathlib\nfrom prunectl.bench.board import measure_over_ssh\nfrom prunectl.bench.records import *\n"
         f"job = Job((OnnxModel(pathlib.Path({str(dense.path)!r}), 'dense'),))\n"
         f"settings = Settings(warmup_s=0.1, duration_s=30, idle_s=0.1, refresh_probe_s=0.1, python=({standin_board.board_python()!r},))\n"
-        "devices.get('jetson')(job, settings, target='board', say=lambda text: print(text, flush=True))\n"
+        "measure_over_ssh('board', job, settings, say=lambda text: print(text, flush=True))\n"
     )
     with sshd(board) as server:
         env = {**os.environ, "PRUNECTL_SSH": server.ssh}
