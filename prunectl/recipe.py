@@ -303,9 +303,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"recipe {path}: expected sections such as train: and ticket:, got a {type(settings).__name__}")
+    settings = {key: value for key, value in settings.items() if value is not None}  # an empty section is none
     base = settings.pop("extends", None)
     if base is None:
         return settings
+    if not isinstance(base, str):
+        raise UsageError(f"recipe {path}: extends = {base!r}: expected the name of a shipped recipe, e.g. train/resnet8-fashion-mini")
     return _merged(_read(shipped("recipes") / f"{base}.yaml"), settings)
 
 
