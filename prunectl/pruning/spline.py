@@ -27,7 +27,8 @@ from prunectl.errors import UsageError
 
 _RELUS: frozenset[object] = frozenset(
     {F.relu, F.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.prelu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
-    | {F.silu, F.gelu, F.hardswish, F.elu}  # smooth gates switch at zero too, approximately; hardtanh is how ReLU6 may arrive
+    | {F.leaky_relu_, F.hardtanh_, Tensor.prelu, torch.prelu, F.rrelu, torch.rrelu}  # hardtanh is how ReLU6 may arrive
+    | {F.silu, F.gelu, F.hardswish, F.mish, F.elu, F.elu_, F.celu, F.selu}  # smooth gates switch at zero too, approximately
 )
 _CHUNK = 64  # images a forward pass: bounds the activations alive at once
 
@@ -213,7 +214,9 @@ class _ReluInputs(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func in _RELUS:
-            self.see(args[0])  # before the call, which may work in place
+            x = args[0] if args else kwargs["input"]
+            if not isinstance(x, nn.Parameter):  # a learned weight kept positive has no side that an image decides
+                self.see(x)  # before the call, which may work in place
         return func(*args, **(kwargs or {}))  # the mode is off inside, so one ReLU is seen once
 
 
@@ -255,7 +258,7 @@ def _code(
 ) -> ActivationCode:
     with _eval_mode(model):
         widths: list[int] = []
-        with gates(model, lambda x: widths.append(x[0].numel())):
+        with gates(model, lambda x: widths.append(x.numel())):  # window partitions fold space into the first dimension
             model(probe[:1])
         if not widths:
             raise UsageError(f"{type(model).__name__} {empty}; use another detector, e.g. --detector epoch:5")
@@ -264,9 +267,9 @@ def _code(
         for chunk in torch.split(probe, _CHUNK):
             calls = iter(range(len(widths)))
 
-            def see(x: Tensor, calls: Iterator[int] = calls) -> None:
+            def see(x: Tensor, calls: Iterator[int] = calls, chunk: Tensor = chunk) -> None:
                 layer = next(calls)
-                bits = (x > 0).flatten(1)
+                bits = (x > 0).reshape(len(chunk), -1)
                 keep = subsets[layer]
                 packed[layer].append(_pack(bits if keep is None else bits[:, keep]))
 
@@ -296,8 +299,11 @@ def _subsets(widths: list[int], images: int, max_bytes: int | None, device: torc
 
 def _pack(bits: Tensor) -> Tensor:
     """(N, U) bool -> (N, ceil(U/8)) uint8 on the CPU."""
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.packbits(bits.numpy(), axis=1))
-    padded = F.pad(bits, (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
+    return torch.from_numpy(np.packbits(bits.numpy(), axis=1)) if bits.device.type == "cpu" else _pack_on_device(bits).cpu()
+
+
+def _pack_on_device(bits: Tensor) -> Tensor:
+    """As np.packbits, with an eighth of the bytes to bring to the CPU."""
+    padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8)).view(len(bits), -1, 8)
     weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=bits.device)
-    return (padded * weights).sum(-1, dtype=torch.uint8).cpu()
+    return (padded * weights).sum(-1, dtype=torch.uint8)
