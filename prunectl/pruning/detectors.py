@@ -1,12 +1,13 @@
 """WHEN to draw the ticket: each detector looks at the network at every probe and says when its structure has settled.
 
 One interface: `observe(epoch, model, probe)` takes a snapshot, compares it with the last `window` snapshots and gives a
-Reading; `state()` and `restore()` carry the snapshots through a checkpoint. A detector fires at most once in its own
-record, and never on a network that says nothing: a mask that is the same everywhere, or a dead network, is not
-convergence."""
+Reading; `state()` and `restore()` carry the snapshots through a checkpoint. A reading fires as long as the structure
+stays settled, so the first that does is the moment; none fires on a network that says nothing: a mask that is the same
+everywhere, or a dead network, is not convergence."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Spline:
     def __init__(self, *, eps: float = 0.16, window: int = 3, code: str = "relu", max_bytes: int = 100_000_000) -> None:
         if code not in CODES:
             raise UsageError(f"code '{code}': expected {' or '.join(CODES)}")
-        self.eps, self.window, self.code = eps, window, code
+        self.eps, self.window, self.code = eps, _checked(window), code
         self.max_bytes = max_bytes // (window + 1)
         self.past: deque[ActivationCode] = deque(maxlen=window)
 
@@ -86,7 +87,7 @@ class EarlyBird:
     Mask distance is the share of differing entries; the published settings are five masks and eps 0.1."""
 
     def __init__(self, *, sparsity: float, eps: float = 0.1, window: int = 5) -> None:
-        self.sparsity, self.eps, self.window = sparsity, eps, window
+        self.sparsity, self.eps, self.window = sparsity, eps, _checked(window)
         self.past: deque[Tensor] = deque(maxlen=window)
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
@@ -108,10 +109,11 @@ class Epi:
     """Stable widths: fires when magnitude pruning keeps as many channels per layer as before (Shen et al. 2022).
 
     Layer distance |n1 - n2| / (n1 + n2); the stability is 1 minus its mean over layers, averaged over the last `window`
-    probes; fires above tau and above the five values before."""
+    probes; fires above tau and above the five values before. Widths follow the layers' fan-in: independently initialised
+    networks agree to .99 (ResNet-18) or .98 (VGG-16) already, so at its usual tau it may fire on no training at all."""
 
     def __init__(self, *, sparsity: float, tau: float = 0.983, window: int = 5) -> None:
-        self.sparsity, self.tau, self.window = sparsity, tau, window
+        self.sparsity, self.tau, self.window = sparsity, tau, _checked(window)
         self.past: deque[Tensor] = deque(maxlen=window)
         self.values: deque[float] = deque(maxlen=5)
 
@@ -120,7 +122,8 @@ class Epi:
         distances = tuple(float(((widths - old).abs() / (widths + old).clamp(min=1)).mean()) for old in reversed(self.past))
         full = len(self.past) == self.window
         stability = 1 - sum(distances) / len(distances) if distances else 0.0
-        fires = full and stability > self.tau and len(self.values) == 5 and stability > max(self.values)
+        settled = full and stability > self.tau and len(self.values) == 5 and stability > max(self.values)
+        fires = settled and bool(widths.any())
         self.past.append(widths)
         if full:
             self.values.append(stability)
@@ -130,8 +133,8 @@ class Epi:
         return {**{str(i): w for i, w in enumerate(self.past)}, "values": torch.tensor(list(self.values), dtype=torch.float64)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.past = deque((state[str(i)] for i in range(len(state) - 1)), maxlen=self.window)
-        self.values = deque(state["values"].tolist(), maxlen=5)
+        self.past = deque((state[str(i)] for i in range(len(state.keys() - {"values"}))), maxlen=self.window)
+        self.values = deque(state["values"].tolist() if "values" in state else (), maxlen=5)
 
 
 @detectors.register
@@ -139,7 +142,7 @@ class Epoch:
     """A fixed moment: epoch:N draws after N epochs (N may be a fraction)."""
 
     def __init__(self, *, at: float) -> None:
-        if not at >= 0:
+        if not 0 <= at < math.inf:
             raise UsageError(f"detector epoch:{at:g}: the epoch must be 0 or later, e.g. epoch:3")
         self.at = at
 
@@ -167,6 +170,12 @@ def parse(spec: str, **options: Any) -> tuple[str, dict[str, Any]]:
         raise UsageError(f"detector '{spec}': expected a number of epochs after the colon, e.g. epoch:5") from None
 
 
+def _checked(window: int) -> int:
+    if window < 1:
+        raise UsageError(f"detector window = {window}: must be at least 1, e.g. 3")
+    return window
+
+
 def _gamma_mask(model: nn.Module, sparsity: float) -> Tensor:
     """True where |gamma| is above the share `sparsity` of all batch-norm scales; all False when they are all equal."""
     scales = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
@@ -178,8 +187,10 @@ def _gamma_mask(model: nn.Module, sparsity: float) -> Tensor:
 
 
 def _magnitude_widths(model: nn.Module, sparsity: float) -> Tensor:
-    """Channels per convolution that a global threshold on the mean |weight| of a filter would keep."""
+    """Channels per convolution that a global threshold on the mean |weight| of a filter would keep; one 0 without any."""
     norms = [m.weight.detach().float().abs().flatten(1).mean(1).cpu() for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not norms:
+        return torch.zeros(1)
     pooled = torch.cat(norms)
     threshold = pooled.sort().values[min(len(pooled) - 1, int(sparsity * len(pooled)))]
     return torch.tensor([float((n > threshold).sum()) for n in norms])
