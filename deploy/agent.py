@@ -25,9 +25,9 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, SubprocessError, TimeoutExpired
 
 PROTOCOL = 1
 MARK = "prunectl-agent:"  # opens every line of `serve`; a login banner has none
@@ -62,8 +62,8 @@ def read_text(path):
 
 
 def read_number(path):
-    text = read_text(path)
-    return int(text) if re.match(r"-?\d+$", text) else None
+    number = re.match(r"-?\d+$", read_text(path))
+    return int(number.group(0)) if number else None
 
 
 def find(root, *patterns):
@@ -152,11 +152,10 @@ class Guard(object):
 
 def run(guard, argv, timeout_s, on_line=None):
     """(exit code, or None when it was stopped after timeout_s; its last 40 lines). on_line gets (ns, line) as they come."""
-    deadline, text, tail, pipe = time.monotonic() + timeout_s, b"", [], subprocess.PIPE
+    deadline, text, tail = time.monotonic() + timeout_s, b"", []
     try:
-        null, both = subprocess.DEVNULL, subprocess.STDOUT
-        process = subprocess.Popen(argv, stdin=null, stdout=pipe, stderr=both, preexec_fn=guard.enter, cwd=guard.folder)
-    except (OSError, subprocess.SubprocessError) as error:
+        process = Popen(argv, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, preexec_fn=guard.enter, cwd=guard.folder)
+    except (OSError, SubprocessError) as error:
         raise Refused("tool", "%s could not be started: %s" % (argv[0], error))
     try:
         while True:
@@ -172,7 +171,7 @@ def run(guard, argv, timeout_s, on_line=None):
                     on_line(stamp, line)
             if not data:
                 return process.wait(timeout=max(0.1, deadline - time.monotonic())), tail
-    except subprocess.TimeoutExpired:
+    except TimeoutExpired:
         return None, tail
     finally:
         guard.end_group(process.pid)
@@ -267,7 +266,7 @@ def sample(rails, telemetry, period_ms, fast_s, stop, command=None):
     t_ns, rows, slow_t, slow, text = [], [], [], [], b""
     cpu, begin = time.process_time(), time.monotonic()
     due = next_slow = begin
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) if command else None
+    process = Popen(command, stdin=DEVNULL, stdout=PIPE) if command else None
     sources = [stop, process.stdout] if process else [stop]
     while True:
         ready = select.select(sources, [], [], max(0.0, due - time.monotonic()))[0]
@@ -292,8 +291,6 @@ def sample(rails, telemetry, period_ms, fast_s, stop, command=None):
             next_slow += 1.0
         period = 0.01 if stamp < (begin + fast_s) * 1e9 else period_ms / 1e3
         due = max(due + period, time.monotonic())  # after a stall, no burst to catch up
-    if process:
-        process.kill()
     return {
         "t_ns": t_ns, "values": {rail["name"]: [row[i] for row in rows] for i, rail in enumerate(rails)},
         "telemetry": {"t_ns": slow_t, "values": {name: [row[i] for row in slow] for i, (name, _) in enumerate(watched)}},
@@ -345,9 +342,8 @@ def environment(root, guard=None):
         return next((text for text in map(read_text, find(root, *patterns)) if text), "")
 
     release = re.search(r"R(\d+).*?REVISION: ([\d.]+)", first("etc/nv_tegra_release"))
-    cuda = re.search(r"\d+\.\d+[.\d]*", first("usr/local/cuda/version.json", "usr/local/cuda/version.txt"))
+    cuda = re.findall(r"\d+\.\d+[.\d]*", first("usr/local/cuda/version.json", "usr/local/cuda/version.txt"))
     memory = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo"), re.M))
-    cpu = re.search(r"model name\s*: (.*)", read_text("/proc/cpuinfo"))
     modes = program(root, "nvpmodel", "usr/sbin", "usr/bin") if guard else None
     mode = re.search(r"NV Power Mode: (\S+)\s+(\d+)", "\n".join(run(guard, [modes, "-q"], 5)[1])) if modes else None
     watched = telemetry_files(root)
@@ -355,8 +351,8 @@ def environment(root, guard=None):
     return {
         "board": first("proc/device-tree/model", "sys/firmware/devicetree/base/model") or None,
         "hostname": platform.node(), "machine": platform.machine(), "kernel": platform.release(), "python": platform.python_version(),
-        "cpu": cpu.group(1) if cpu else None, "cpus": os.cpu_count(),
-        "l4t": ".".join(release.groups()) if release else None, "cuda": cuda.group(0) if cuda else None,
+        "cpu": (re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo")) or [None])[0], "cpus": os.cpu_count(),
+        "l4t": ".".join(release.groups()) if release else None, "cuda": cuda[0] if cuda else None,
         "nvpmodel": {"name": mode.group(1), "id": int(mode.group(2))} if mode else None,
         "gpu_min_hz": read_number(os.path.join(gpu, "min_freq")), "gpu_max_hz": read_number(os.path.join(gpu, "max_freq")),
         "fan_pwm": first("sys/devices/pwm-fan/target_pwm", "sys/devices/platform/pwm-fan/hwmon/hwmon*/pwm1") or None,
@@ -372,14 +368,14 @@ def last_words(tail):
 
 def explain(code, tail, what, timeout_s, folder, workspace_mb):
     """The Refused that tells why a tool failed."""
-    text, free_mb = "\n".join(tail), shutil.disk_usage(folder).free // 2**20
+    text, free_mb = "\n".join(tail), shutil.disk_usage(folder).free >> 20
     if code is None:
         return Refused("timeout", "%s gave no result within %d s and was stopped; %s" % (what, timeout_s, last_words(tail)))
     if "No space left" in text or (code and free_mb < 1):
         return Refused("disk-full", "the board's disk is full (%d MB left) and %s failed: free space in %s" % (free_mb, what, folder))
     if code in (-9, 137) or re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.I):
-        advice = "lower the workspace cap (now %d MB) or add swap" % workspace_mb
-        return Refused("out-of-memory", "%s was Killed or refused memory: the board ran out of it; %s" % (what, advice))
+        text = "%s was Killed, the board ran out of memory: lower the workspace cap (now %d MB) or add swap"
+        return Refused("out-of-memory", text % (what, workspace_mb))
     hint = " (deploy/README.md: the container has it)" if "No module named 'torch'" in text else ""
     return Refused("failed", "%s failed with exit code %s; %s%s" % (what, code, last_words(tail), hint))
 
@@ -445,11 +441,17 @@ class Board(object):
         facts += [self.request[name] for name in ("precision", "sparsity", "workspace_mb")]
         return os.path.join(self.cache, "engines", hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20] + ".plan")
 
+    def cached(self, model):
+        """How the engine for this file, TensorRT, board and settings was built, if it is there and whole; else None."""
+        plan = self.engine_path(model)
+        about = json.loads(read_text(plan + ".json") or "null") if os.path.exists(plan) else None
+        return dict(about, cached=True) if about and about["sha256"] == file_sha256(plan) else None
+
     def build(self, model, onnx, say):
-        """(path of the engine, how it came to be). Built once for the same file, TensorRT, board and settings."""
-        plan, limit_s, folder = self.engine_path(model), self.request["build_timeout_s"], self.guard.folder
-        if os.path.exists(plan):
-            return plan, dict(json.loads(read_text(plan + ".json")), cached=True, sha256=file_sha256(plan))
+        """(path of the engine, how it came to be)."""
+        plan, limit_s, folder, about = self.engine_path(model), self.request["build_timeout_s"], self.guard.folder, self.cached(model)
+        if about:
+            return plan, about
         workspace_mb = min(self.request["workspace_mb"], self.environment["memory_available_mb"] // 2 or 1 << 20)
         made, timing = os.path.join(folder, "engine.plan"), os.path.join(folder, "timing.cache")
         command = build_command(self.version, self.trtexec, onnx, made, timing, self.request, workspace_mb, model.get("shapes"))
@@ -460,11 +462,11 @@ class Board(object):
             raise explain(code, tail, what, limit_s, folder, workspace_mb)
         if not os.path.exists(made) or not os.path.getsize(made):
             raise Refused("trtexec", "%s ended well but wrote no engine; %s" % (what, last_words(tail)))
-        about = {"command": command, "build_s": round(time.monotonic() - begin, 3), "workspace_mb": workspace_mb}
+        about = {"command": command, "build_s": round(time.monotonic() - begin, 3), "sha256": file_sha256(made)}
         os.makedirs(os.path.dirname(plan), exist_ok=True)
         write(plan + ".json", about)
         os.replace(made, plan)
-        return plan, dict(about, cached=False, sha256=file_sha256(plan))
+        return plan, dict(about, cached=False)
 
     def load_window(self, plan, model, limit_s):
         """{start_ns, end_ns, latency_ns, command} of the inferences after the warm-up, on our own clock."""
@@ -608,8 +610,7 @@ def session(request, work):
 
 
 def emit(event, **fields):
-    sys.stdout.write(MARK + json.dumps(dict(fields, event=event)) + "\n")
-    sys.stdout.flush()
+    print(MARK + json.dumps(dict(fields, event=event)), flush=True)
 
 
 def receive(count, timeout_s=60.0):
@@ -628,7 +629,7 @@ def serve(args):
 
     def work(request, board, held):
         wanted, files = {job["sha256"]: job for job in request["train"]}, {}
-        wanted.update((model["sha256"], model) for model in request["models"] if not os.path.exists(board.engine_path(model)))
+        wanted.update((model["sha256"], model) for model in request["models"] if not board.cached(model))
         emit("need", sha256=sorted(wanted))
         for sha256, model in sorted(wanted.items()):
             files[sha256] = os.path.join(board.guard.folder, "file-%d" % len(files))
@@ -680,8 +681,7 @@ def main(argv):
     parser.add_argument("--spin-wait", action="store_true", help="lower latency, more power")
     for option in ("workspace_mb", "repeats", "warmup_s", "duration_s", "idle_s", "period_ms", "refresh_probe_s"):
         parser.add_argument("--" + option.replace("_", "-"), type=type(DEFAULTS[option]), default=DEFAULTS[option])
-    args, files = parser.parse_known_args(argv)  # Python 3.6 cannot mix options and files otherwise
-    args.onnx = files
+    args, args.onnx = parser.parse_known_args(argv)  # Python 3.6 cannot mix options and files otherwise
     try:
         {"bench": by_hand, "sample": sample_until_eof, "serve": serve}[args.verb](args)
         return 0

@@ -63,7 +63,7 @@ class Settings:
 
     def quick(self) -> Settings:
         """A short bench, for a first look: its report says that its windows are short."""
-        limits = {"warmup_s": 0.3, "duration_s": 1.0, "iterations": 20, "repeats": 5, "idle_s": 1.0, "refresh_probe_s": 1.0}
+        limits = {"warmup_s": 0.2, "duration_s": 0.7, "iterations": 20, "repeats": 5, "idle_s": 1.0, "refresh_probe_s": 1.0}
         return dataclasses.replace(self, **{name: min(getattr(self, name), most) for name, most in limits.items()})
 
 

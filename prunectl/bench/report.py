@@ -254,10 +254,11 @@ def _warnings(raw: RawBench) -> list[str]:
             f"short windows ({seconds:.1f} s, {len(w.latency_ns)} inferences): an energy to publish needs 60 s and 1000 inferences"
         )
     found += _sensor_warnings(raw, loads)
-    for w in loads:
-        if (change := stats.drift(w.latency_ns)) > DRIFT:
-            name = raw.artifacts[w.artifact or 0].name
-            found.append(f"{name}, repeat {w.repeat + 1}: latency rose by {change:.1%} within its window: cool the board, fix its clocks")
+    for index, artifact in enumerate(raw.artifacts):
+        rises = [change for w in windows_of(raw, "load", index) if (change := stats.drift(w.latency_ns)) > DRIFT]
+        if rises:
+            text = f"latency rose within {len(rises)} of its windows, by up to {max(rises):.1%}"
+            found.append(f"{artifact.name}: {text}: heat, a governor, or other programs; fix the clocks, cool, wait for quiet")
     found += _clock_warnings(raw, loads)
     offsets = [w.wall_offset_s for w in raw.windows if w.wall_offset_s is not None]
     if offsets and max(offsets) - min(offsets) > 0.5:

@@ -159,11 +159,11 @@ def test_no_trtexec(board, sshd, short, dense, monkeypatch):
     ("mode", "settings", "words"),
     [
         ("crash-build", {}, "building the engine of dense.onnx, failed with exit code 1; it said:"),
-        ("oom-build", {}, "was Killed or refused memory: the board ran out of it; lower the workspace cap (now 1024 MB) or add swap"),
+        ("oom-build", {}, "was Killed, the board ran out of memory: lower the workspace cap (now 1024 MB) or add swap"),
         ("hang-build", {"build_timeout_s": 1.0}, "gave no result within 1 s and was stopped"),
         ("garbage-build", {}, "wrote no engine"),
         ("crash-run", {}, "timing dense.onnx, failed with exit code 1"),
-        ("oom-run", {}, "was Killed or refused memory"),
+        ("oom-run", {}, "was Killed, the board ran out of memory"),
         ("hang-run", {"slack_s": 2.5}, "gave no result within"),
         ("garbage-run", {}, "its times cannot be read"),
     ],

@@ -313,6 +313,9 @@ def test_an_engine_is_built_once(board, dense):
     first, second = bench(board, dense), bench(board, dense)
     assert [raw["artifacts"][0]["engine"]["cached"] for raw in (first, second)] == [False, True]
     assert first["artifacts"][0]["engine"]["command"] == second["artifacts"][0]["engine"]["command"]
+    (engine,) = board.cache.rglob("*.plan")
+    engine.write_bytes(b"")  # as a power cut can leave it
+    assert not bench(board, dense)["artifacts"][0]["engine"]["cached"]
 
 
 def test_output_file_is_whole_or_not_there(board, dense, tmp_path):

@@ -57,7 +57,7 @@ def test_settings_are_bounded():
         with pytest.raises(UsageError, match=f"bench {next(iter(bad))} = "):
             Settings(**bad)
     quick = Settings().quick()
-    assert quick.duration_s == 1.0 and quick.workspace_mb == Settings().workspace_mb
+    assert quick.duration_s < 1.0 and quick.workspace_mb == Settings().workspace_mb
 
 
 def test_the_readme_shows_commands_that_exist():
