@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunectl.pruning.surgery import Graph, Group, Member
+from prunectl.errors import VerificationFailed
+from prunectl.pruning.surgery import Dense, Graph, Group, Member, Norm
 
 
 @dataclass(frozen=True)
@@ -40,67 +41,86 @@ class Channels:
 def describe(
     model: nn.Module, graph: Graph, *, rho: float = 0.05, seed: int = 0, gradients: Mapping[str, Tensor] | None = None
 ) -> dict[str, Channels]:
-    """Every unlocked group of `graph` by name. gradients: parameter name -> gradient, for criteria that use it."""
-    return {g.name: _describe(model, graph, g, rho, seed, gradients) for g in graph.groups if not g.locked}
+    """Every unlocked group of `graph` by name. gradients: parameter name -> gradient, for criteria that use it.
+
+    Raises VerificationFailed when weights, statistics or gradients are not finite."""
+    return {g.name: _finite(_describe(model, graph, g, rho, seed, gradients)) for g in graph.groups if not g.locked}
 
 
 def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: int, gradients: Mapping[str, Tensor] | None) -> Channels:
-    layers = {m.layer: model.get_submodule(m.layer) for m in group.members}
-    producers = [m for m in group.members if m.out and isinstance(layers[m.layer], nn.Conv2d | nn.Linear)]
-    norms = [m for m in group.members if isinstance(layers[m.layer], nn.modules.batchnorm._BatchNorm)]
-    readers = [m for m in group.members if not m.out and isinstance(layers[m.layer], nn.Conv2d | nn.Linear)]
-    own = {graph.norm_after[m.layer] for m in producers if m.layer in graph.norm_after}
-    shared = [_affine(layers[m.layer]) for m in norms if m.layer not in own]
-    shared_norms = [m for m in norms if m.layer not in own]
-    zero, one = torch.zeros(group.channels), torch.ones(group.channels)
-    shared_scale = sum((_by_root(group, m, s) for m, (s, _) in zip(shared_norms, shared, strict=True)), zero) / max(1, len(shared))
-    shared_shift = sum((_by_root(group, m, t) for m, (_, t) in zip(shared_norms, shared, strict=True)), zero) / max(1, len(shared))
-    filters, weights, grads, bias = [], [], [], zero.clone()
-    for m in producers:
-        layer = layers[m.layer]
-        raw = _by_root(group, m, _rows(layer.weight))
-        stored = _by_root(group, m, layer.bias.detach().float().cpu()) if layer.bias is not None else zero
-        if m.layer in graph.norm_after:
-            scale_of, shift_of = _affine(model.get_submodule(graph.norm_after[m.layer]))
-            scale, shift = _by_root(group, m, scale_of), _by_root(group, m, shift_of)
-        else:
-            scale, shift = (shared_scale if shared else one), zero
+    layers = [(m, model.get_submodule(m.layer)) for m in group.members]
+    producers = [(m, layer) for m, layer in layers if m.out and isinstance(layer, Dense)]
+    readers = [(m, layer) for m, layer in layers if not m.out and isinstance(layer, Dense)]
+    norms = [(m, layer) for m, layer in layers if isinstance(layer, Norm)]
+    weights = [_by_root(group, m, _rows(layer.weight)) for m, layer in producers]
+    own = {m.layer: graph.norm_after[m.layer] for m, _ in producers if m.layer in graph.norm_after}
+    affine = {m.layer: (_by_root(group, m, scale), _by_root(group, m, shift)) for m, norm in norms for scale, shift in [_affine(norm)]}
+    zero = torch.zeros(group.channels)
+    shared = _mean([affine[m.layer] for m, _ in norms if m.layer not in own.values()], default=(torch.ones(group.channels), zero))
+    filters, bias = [], zero
+    for (m, layer), raw in zip(producers, weights, strict=True):
+        scale, shift = affine[own[m.layer]] if m.layer in own else (shared[0], zero)
+        stored = _by_root(group, m, _plain(layer.bias)) if layer.bias is not None else zero
         filters.append(raw * scale[:, None])
-        bias += stored * scale + shift
-        weights.append(raw)
-        if gradients is not None:
-            grads.append(_by_root(group, m, _rows(gradients[f"{m.layer}.weight"])))
-    squares = sum((_by_root(group, m, _columns(layers[m.layer])).square().sum(1) for m in readers), zero)
-    gammas = [_by_root(group, m, layers[m.layer].weight.detach().float().cpu()).abs() for m in norms if layers[m.layer].affine]
+        bias = bias + stored * scale + shift
+    if len(own) < len(producers):
+        bias = bias + shared[1]
+    squares = [_by_root(group, m, _columns(layer.weight)).square().sum(1) for m, layer in readers]
+    gammas = [_by_root(group, m, _plain(norm.weight)).abs() for m, norm in norms if norm.affine]
     return Channels(
         name=group.name,
         filters=torch.cat(filters, 1),
-        bias=bias + shared_shift,
+        bias=bias,
         weights=torch.cat(weights, 1),
         gammas=torch.stack(gammas, 1) if gammas else torch.zeros(group.channels, 0),
-        outgoing=squares.sqrt(),
-        gradients=torch.cat(grads, 1) if grads else None,
+        outgoing=torch.stack([zero, *squares]).sum(0).sqrt(),
+        gradients=torch.cat([_by_root(group, m, _rows(gradients[f"{m.layer}.weight"])) for m, _ in producers], 1) if gradients else None,
         rho=rho,
         seed=zlib.crc32(f"{seed}:{group.name}".encode()),
     )
 
 
+def _finite(c: Channels) -> Channels:
+    for what, t in (
+        ("weights or batch-norm statistics", c.filters),
+        ("biases", c.bias),
+        ("readers", c.outgoing),
+        ("gradients", c.gradients),
+    ):
+        if t is not None and not bool(torch.isfinite(t).all()):
+            raise VerificationFailed(
+                f"the channels of {c.name} cannot be ranked: their {what} are not finite;"
+                " go back to an earlier checkpoint and lower the learning rate"
+            )
+    return c
+
+
+def _plain(t: Tensor) -> Tensor:
+    return t.detach().float().cpu()
+
+
 def _rows(weight: Tensor) -> Tensor:
-    return weight.detach().float().cpu().flatten(1)
+    return _plain(weight).flatten(1)
 
 
-def _columns(layer: nn.Module) -> Tensor:
+def _columns(weight: Tensor) -> Tensor:
     """(inputs, ...) of a layer's weight."""
-    return layer.weight.detach().float().cpu().transpose(0, 1).flatten(1)
+    return _plain(weight).transpose(0, 1).flatten(1)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) that an eval-mode batch norm applies."""
-    deviation = (norm.running_var + norm.eps).sqrt()
-    gamma = norm.weight.detach() if norm.affine else torch.ones_like(deviation)
-    beta = norm.bias.detach() if norm.affine else torch.zeros_like(deviation)
-    scale = gamma / deviation
-    return scale.float().cpu(), (beta - norm.running_mean * scale).float().cpu()
+def _mean(pairs: list[tuple[Tensor, Tensor]], *, default: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not pairs:
+        return default
+    return torch.stack([scale for scale, _ in pairs]).mean(0), torch.stack([shift for _, shift in pairs]).mean(0)
+
+
+def _affine(norm: Norm) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) that an eval-mode batch norm applies; one without statistics leaves unit variance and zero mean."""
+    one = torch.ones(norm.num_features)
+    mean = one * 0 if norm.running_mean is None else _plain(norm.running_mean)
+    deviation = one if norm.running_var is None else (_plain(norm.running_var) + norm.eps).sqrt()
+    gamma, beta = (_plain(norm.weight), _plain(norm.bias)) if norm.affine else (one, one * 0)
+    return gamma / deviation, beta - mean * gamma / deviation
 
 
 def _by_root(group: Group, member: Member, per_channel: Tensor) -> Tensor:

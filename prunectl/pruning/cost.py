@@ -44,10 +44,10 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight
 
-            def add(layer: nn.Module, _: object, out: Tensor, name: str = name) -> None:
-                outputs = layer.weight.shape[0]
-                macs[name] = macs.get(name, 0) + out.numel() // outputs * layer.weight.numel()
+            def add(_layer: nn.Module, _: object, out: Tensor, name: str = name, weight: Tensor = weight) -> None:
+                macs[name] = macs.get(name, 0) + out.numel() // len(weight) * weight.numel()
 
             hooks.append(module.register_forward_hook(add))
     try:

@@ -307,3 +307,21 @@ LOCKED = {
     "halves": (Halves, {"mid.0"}),
     "attention": (Attention, {"stem.3", "qkv", "out", "down"}),
 }
+
+
+class Dense(nn.Module):
+    """DenseNet's pattern: what a normed stem gives is normed again by every reader of the concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm0 = conv_bn(3, 12)
+        self.norm1, self.conv1 = nn.BatchNorm2d(12), nn.Conv2d(12, 10, 3, padding=1, bias=False)
+        self.norm2, self.fc = nn.BatchNorm2d(22), nn.Linear(22, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm0(self.stem(x)))
+        x = torch.cat([x, self.conv1(F.relu(self.norm1(x)))], 1)
+        return self.fc(F.relu(self.norm2(x)).mean((2, 3)))
+
+
+PRUNABLE["dense"] = Dense
