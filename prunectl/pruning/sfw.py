@@ -221,10 +221,10 @@ class SFW(Optimizer):
         return ((p, group) for group in self.param_groups for p in group["params"])
 
     def _momentum(self, p: Tensor) -> Tensor:
-        """The averaged gradient, laid out in memory like p."""
+        """The averaged gradient, laid out in memory like p; `started` says whether it has taken a gradient in yet."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), device=p.device)
+            state["started"] = torch.zeros((), device=p.device)
             state["momentum_buffer"] = torch.zeros_like(p)
         elif state["momentum_buffer"].stride() != p.stride():
             state["momentum_buffer"] = torch.empty_like(p).copy_(state["momentum_buffer"])
@@ -235,8 +235,9 @@ class SFW(Optimizer):
         gammas, compiled = [], []
         for p, group in moving:
             m, g, constraint = self._momentum(p), _gradient(p, group), group["constraint"]
-            weight = 1 - group["momentum"] if self.state[p]["step"] else 1.0
-            self.state[p]["step"] += 1
+            weight = 1 - group["momentum"] if self.state[p]["started"] else 1.0
+            if weight == 1:
+                self.state[p]["started"].fill_(1)
             if isinstance(constraint, Unconstrained):
                 p.add_(m.lerp_(g, weight), alpha=-group["lr"])
             elif sfw_stream.fits(p, g, constraint):
@@ -273,7 +274,7 @@ class SFW(Optimizer):
                 [p for p, _ in members],
                 [self._momentum(p) for p, _ in members],
                 [_gradient(p, group) for p, group in members],
-                [self.state[p]["step"] for p, _ in members],
+                [self.state[p]["started"] for p, _ in members],
                 [torch.full((), getattr(group["constraint"], "radius", 1.0), dtype=_precise(p), device=p.device) for p, group in members],
             ]
             advance = functools.partial(_advance_, finite=finite, options=options)
@@ -284,7 +285,7 @@ class SFW(Optimizer):
                 clamped = torch.func.vmap(advance)(*stacked)
                 for column, values in zip(columns[:2], stacked[:2], strict=True):
                     torch._foreach_copy_(column, list(values.unbind()))
-            torch._foreach_add_([self.state[p]["step"] for p, _ in members], [finite.float()] * len(members))
+            torch._foreach_maximum_(columns[3], [finite.to(started.dtype) for started in columns[3]])
             self._counts["clamped"] += clamped.sum()
 
 
@@ -302,9 +303,9 @@ def _unit(constraint: ConstraintSet) -> ConstraintSet:
     return constraint if isinstance(constraint, Unconstrained) else replace(constraint, radius=1.0)  # type: ignore[type-var]
 
 
-def _advance_(w: Tensor, m: Tensor, g: Tensor, steps: Tensor, radius: Tensor, *, finite: Tensor, options: _Options) -> Tensor:
+def _advance_(w: Tensor, m: Tensor, g: Tensor, started: Tensor, radius: Tensor, *, finite: Tensor, options: _Options) -> Tensor:
     """w and m after one step, in place, unchanged if not `finite`; the result says whether the step was clamped."""
-    weight = torch.where(steps > 0, torch.full_like(steps, 1 - options.momentum, dtype=m.dtype), 1)
+    weight = torch.where(started > 0, torch.full_like(started, 1 - options.momentum, dtype=m.dtype), 1)
     m.copy_(torch.lerp(m, torch.where(finite, g, m), weight))
     if isinstance(options.unit, Unconstrained):
         w.sub_(torch.where(finite, m, 0), alpha=options.lr)

@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 
 from prunectl.pruning.constraints import ConstraintSet, KSparse, KSupport
-from prunectl.pruning.topk import CHUNK, Bracket, Scan, bits_of, is_dense, keep_at_least_, kth_largest, last_ties, like, memory_order
+from prunectl.pruning.topk import (
+    CHUNK,
+    PARTITION_UPTO,
+    Bracket,
+    Scan,
+    bits_of,
+    is_dense,
+    keep_at_least_,
+    kth_largest,
+    last_ties,
+    like,
+    memory_order,
+)
 
 _CANCELLED = 0.1  # below this share of |w|^2, rounding of the sums would show in |w - v|: subtract entry by entry
 
@@ -74,7 +86,7 @@ def step_(job: Job, memory: Tensor | None) -> float:
 
 def _average_(m: Tensor, g: Tensor, weight: float, k: int, bracket: Bracket) -> tuple[float, tuple[int, int] | None]:
     """m moved towards g; (|m|^2, the k-th largest and its surplus if the bracket held it)."""
-    scan = Scan(*bracket.guess, bits_of(m).dtype) if bracket.guess else None
+    scan = Scan(*bracket.guess, bits_of(m).dtype) if bracket.guess and m.numel() > PARTITION_UPTO else None
     norm2 = 0.0
     with np.errstate(over="ignore"):  # a length beyond the range is a clamped step
         for x, y in _parts(m, g):
@@ -98,4 +110,6 @@ def _direct_(u: Tensor, w: Tensor, m: Tensor, kth: int, signs: bool) -> tuple[fl
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    if tensors[0].numel() <= CHUNK:
+        return iter([tensors])
     return zip(*(torch.split(x, CHUNK) for x in tensors), strict=True)

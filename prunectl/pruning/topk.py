@@ -9,15 +9,19 @@ Input is finite."""
 from __future__ import annotations
 
 import math
+import struct
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_CODES = {torch.float64: ("q", "d"), torch.float32: ("i", "f"), torch.float16: ("h", "e")}  # of the struct module
+_OCTAVE = {dtype: round(1 / torch.finfo(dtype).eps) for dtype in _INTEGER}  # integers from one power of two to the next
 _MAGNITUDE = {t().itemsize: np.array(np.iinfo(t).max, t) for t in (np.int64, np.int32, np.int16)}  # every bit but the sign
-CHUNK = 1 << 16  # entries; a few such arrays sit in a core's L2 cache
-_PARTITION_BELOW = 1 << 13  # entries; under this a plain partition is the faster way
+CHUNK = 1 << 18  # entries; few enough to stay in cache, enough to drown the cost of a call
+_SCANNED = 1 << 16  # entries; a few such arrays sit in a core's L2 cache
+PARTITION_UPTO = 1 << 13  # entries; up to this a plain partition is the faster way
 _SAMPLE_SIGMA = 4.0
 
 
@@ -30,7 +34,7 @@ class Bracket:
 
     def saw(self, kth: int, dtype: torch.dtype) -> None:
         """The next guess is four times the last move to either side, at least 0.4 %, the first time 3 %."""
-        octave = round(1 / torch.finfo(dtype).eps)  # integers from one power of two to the next
+        octave = _OCTAVE[dtype]
         reach = octave >> 5 if self._last is None else max(4 * abs(kth - self._last), octave >> 8)
         self.guess = kth - reach - 1, kth + reach + 1
         self._last = kth
@@ -60,7 +64,7 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
     if x.device.type != "cpu":
         return _mask_without_sync(x, k)
     kth, surplus = kth_largest(bits_of(x), k)
-    mask = x.abs() >= float_of(kth, x.dtype)
+    mask = x.abs() >= value_of(kth, x.dtype)
     if surplus:
         mask[last_ties(x, kth, surplus)] = False
     return mask
@@ -68,7 +72,7 @@ def top_k_mask(x: Tensor, k: int) -> Tensor:
 
 def keep_at_least_(out: Tensor, x: Tensor, kth: int) -> None:
     """out = x where its magnitude is at least that of the bits `kth`, else 0 (one pass)."""
-    below = float_of(max(kth - 1, 0), x.dtype).item()  # |x| > below is |x| >= kth: no float lies between
+    below = value_of(max(kth - 1, 0), x.dtype)  # |x| > below is |x| >= kth: no float lies between
     torch.ops.aten.hardshrink.out(x, below, out=out)
 
 
@@ -103,23 +107,27 @@ def bits_of(x: Tensor) -> np.ndarray:
     return integers
 
 
-def float_of(bits: int, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(bits, dtype=_INTEGER[dtype]).view(dtype)
+def value_of(bits: int, dtype: torch.dtype) -> float:
+    """The number that the bits of a magnitude spell."""
+    if dtype == torch.bfloat16:
+        bits, dtype = bits << 16, torch.float32  # a bfloat16 is the upper half of a float32
+    integer, floating = _CODES[dtype]
+    number: float = struct.unpack(floating, struct.pack(integer, bits))[0]
+    return number
 
 
 def last_ties(x: Tensor, kth: int, count: int) -> tuple[Tensor, ...]:
     """Index of the last `count` entries, in row-major order, whose magnitude is the k-th."""
-    return tuple((x.abs() == float_of(kth, x.dtype)).nonzero()[-count:].T)
+    return tuple((x.abs() == value_of(kth, x.dtype)).nonzero()[-count:].T)
 
 
 def kth_largest(bits: np.ndarray, k: int) -> tuple[int, int]:
     """(bits of the k-th largest magnitude, number of entries equal to it beyond the k).
 
     bits: 1-D, the floats' bits as integers; 1 <= k <= n."""
-    if bits.size > _PARTITION_BELOW:
+    if bits.size > PARTITION_UPTO:
         scan = Scan(*_sampled_bracket(bits, k), bits.dtype)
-        for start in range(0, bits.size, CHUNK):
-            scan.add(bits[start : start + CHUNK])
+        scan.add(bits)
         if found := scan.kth_largest(k):
             return found
     return _select(bits & _MAGNITUDE[bits.dtype.itemsize], k)
@@ -132,11 +140,15 @@ class Scan:
         self._magnitude = _MAGNITUDE[dtype.itemsize]
         self._low, self._high = max(low, 0), min(high, int(self._magnitude))
         self._above, self._inside = 0, [np.empty(0, dtype)]
-        self._buffer, self._beyond, self._within = np.empty(CHUNK, dtype), np.empty(CHUNK, bool), np.empty(CHUNK, bool)
+        self._buffer, self._beyond, self._within = np.empty(_SCANNED, dtype), np.empty(_SCANNED, bool), np.empty(_SCANNED, bool)
 
     def add(self, part: np.ndarray) -> None:
-        """part: at most CHUNK integers."""
-        buffer, beyond, within = (array[: part.size] for array in (self._buffer, self._beyond, self._within))
+        for start in range(0, part.size, _SCANNED):
+            self._add(part[start : start + _SCANNED])
+
+    def _add(self, part: np.ndarray) -> None:
+        n = part.size
+        buffer, beyond, within = self._buffer[:n], self._beyond[:n], self._within[:n]
         np.bitwise_and(part, self._magnitude, out=buffer)
         np.greater(buffer, self._high, out=beyond)
         np.greater_equal(buffer, self._low, out=within)
