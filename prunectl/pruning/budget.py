@@ -13,7 +13,7 @@ from torch import nn
 
 from prunectl.errors import Unsatisfiable
 from prunectl.pruning import cost
-from prunectl.pruning.surgery import Dropped, Graph
+from prunectl.pruning.surgery import Dense, Dropped, Graph, PerChannel
 
 Plan = dict[str, list[int]]
 TOLERANCE = 0.02
@@ -35,15 +35,16 @@ class Budget:
         """Absolute tolerance: 2 % of the value asked for, and a quarter of a percent where that value is tiny."""
         return max(TOLERANCE * self.value, 0.0025) if self.metric == "channels" else TOLERANCE * self.value
 
-    def refusal(self, smallest: float, round_to: int) -> str:
+    def refusal(self, nearest: float, smallest: float, round_to: int) -> str:
         finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= smallest else ""
         if self.metric == "channels":
             return (
-                f"--sparsity {self.value:g} cannot be met within 2 %: at most {1 - smallest:.3f} of this network's channels can go{finer}"
+                f"--sparsity {self.value:g} cannot be met within 2 %: the nearest is {1 - nearest:.3f},"
+                f" and at most {1 - smallest:.3f} of this network's channels can go{finer}"
             )
         return (
-            f"--target-{self.metric} {self.value:g} cannot be met within 2 %: "
-            f"this network can go from 1 down to {smallest:.3f} of its dense {self.metric}{finer}"
+            f"--target-{self.metric} {self.value:g} cannot be met within 2 %: the nearest is {nearest:.3f},"
+            f" and the least {smallest:.3f} of the dense {self.metric}{finer}"
         )
 
 
@@ -69,15 +70,16 @@ class CostModel:
     def of(cls, model: nn.Module, graph: Graph, input_shape: tuple[int, int, int]) -> CostModel:
         macs = cost.layer_macs(model, input_shape)
         total = cost.count(model, input_shape)
-        layers, counted = {}, 0
+        layers = {}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, Dense):
                 weight, bias = module.weight, module.bias
                 inputs = weight.shape[1] if getattr(module, "groups", 1) == 1 else 0
                 layers[name] = _Layer(macs.get(name, 0), weight.numel(), 0 if bias is None else bias.numel(), weight.shape[0], inputs)
-            elif isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm):
-                numel = sum(p.numel() for p in module.parameters(recurse=False))
-                layers[name] = _Layer(0, 0, numel, numel // max(1, len(list(module.parameters(recurse=False)))), 0)
+            elif isinstance(module, PerChannel):
+                vectors = [p.numel() for p in module.parameters(recurse=False)]
+                if max(vectors, default=1) > 1:  # a PReLU with one slope for all channels keeps it
+                    layers[name] = _Layer(0, 0, sum(vectors), vectors[0], 0)
         counted = sum(layer.weight + layer.vector for layer in layers.values())
         touches = {
             g.name: tuple(
@@ -98,8 +100,8 @@ class CostModel:
         for name, layer in self.layers.items():
             out = layer.outputs - out_gone[name]
             share_in = (layer.inputs - in_gone[name]) / layer.inputs if layer.inputs else 1.0
-            macs += round(layer.macs * out / layer.outputs * share_in) if layer.outputs else 0
-            params += round((layer.weight * share_in + layer.vector) * out / layer.outputs) if layer.outputs else 0
+            macs += round(layer.macs * out / layer.outputs * share_in)
+            params += round((layer.weight * share_in + layer.vector) * out / layer.outputs)
         return cost.Cost(params, macs)
 
 
@@ -117,7 +119,7 @@ def meet(
     allocate(sparsity, round_to) gives a plan; order: group -> all its channels, lowest score first; share: group ->
     number dropped -> the share of the budget's quantity that stays, falling as more goes; rounds: multiples to try,
     coarsest first; floors: group -> channels it keeps at least. Raises Unsatisfiable with the range."""
-    target, slack = budget.keeps, budget.slack
+    target, nearest = budget.keeps, 1.0
     for round_to in rounds:
         low, high = 0.0, 1.0  # share is non-increasing in the sparsity
         for _ in range(24):
@@ -127,31 +129,45 @@ def meet(
             else:
                 high = middle
         plan = min((_sizes(allocate(s, round_to)) for s in (high, low)), key=lambda p: abs(share(p) - target))
-        plan = _refine(plan, order, share, target, slack, round_to, floors)
-        if abs(share(plan) - target) <= slack and any(plan.values()):
+        plan = _refine(plan, order, share, budget, round_to, floors)
+        if abs(share(plan) - target) <= budget.slack and any(plan.values()):
             return {g: sorted(order[g][:n]) for g, n in plan.items()}, round_to
+        nearest = min(nearest, share(plan), key=lambda s: abs(s - target))
     smallest = share(_sizes(allocate(1.0, rounds[-1])))
-    raise Unsatisfiable(budget.refusal(smallest, rounds[-1]))
+    raise Unsatisfiable(budget.refusal(nearest, smallest, rounds[-1]))
 
 
 def _refine(
     plan: dict[str, int],
     order: Mapping[str, list[int]],
     share: Callable[[Mapping[str, int]], float],
-    target: float,
-    slack: float,
+    budget: Budget,
     step: int,
     floors: Mapping[str, int],
 ) -> dict[str, int]:
-    """Greedy single-block moves, each the one that lands nearest the target, until none comes nearer."""
-    error = abs(share(plan) - target)
-    while error > slack / 4:
-        moves = [{**plan, g: n + s} for g, n in plan.items() for s in (step, -step) if 0 <= n + s <= len(order[g]) - floors[g]]
-        best = min(moves, key=lambda p: abs(share(p) - target), default=plan)
-        if abs(share(best) - target) >= error:
+    """Greedy moves of one group to its next width, or of two where that is not enough, until none comes nearer."""
+
+    def error(p: dict[str, int]) -> float:
+        return abs(share(p) - budget.keeps)
+
+    def moves(p: dict[str, int]) -> list[dict[str, int]]:
+        return [{**p, g: n} for g in p for n in _neighbours(p[g], len(order[g]), step, floors[g])]
+
+    while error(plan) > budget.slack / 4:
+        near = moves(plan)
+        best = min(near, key=error, default=plan)
+        if error(best) >= error(plan) > budget.slack:
+            best = min((further for p in near for further in moves(p)), key=error, default=plan)
+        if error(best) >= error(plan):
             return plan
-        plan, error = best, abs(share(best) - target)
+        plan = best
     return plan
+
+
+def _neighbours(gone: int, channels: int, step: int, floor: int) -> list[int]:
+    """The numbers of dropped channels next to `gone` that leave a multiple of `step`, or all channels."""
+    numbers = [0, *(channels - width for width in range((channels - 1) // step * step, floor - 1, -step))]
+    return [*[n for n in numbers if n > gone][:1], *[n for n in numbers if n < gone][-1:]]
 
 
 def _sizes(plan: Dropped) -> dict[str, int]:

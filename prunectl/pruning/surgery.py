@@ -24,7 +24,7 @@ from prunectl.errors import Unsatisfiable, UsageError
 Dropped = Mapping[str, Sequence[int]]
 Dense = nn.Conv2d | nn.Linear
 Norm = nn.modules.batchnorm._BatchNorm
-_PerChannel = nn.Linear | Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
+PerChannel = Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
 _Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._OutputOp  # torch-pruning's stand-ins
 _TRACER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # torch-pruning has none of its own
 _HOMOGENEOUS = (
@@ -268,7 +268,7 @@ def _obstacle(module: object, name: str) -> str | None:
         return None if module.groups == 1 or depthwise else f"{name} is a grouped convolution ({module.groups} groups)"
     if isinstance(module, nn.MultiheadAttention):
         return f"{name} is an attention layer"
-    if isinstance(module, _PerChannel | _Function):
+    if isinstance(module, nn.Linear | PerChannel | _Function):
         return None
     if isinstance(module, nn.Parameter):
         return f"the parameter {name} shapes them"

@@ -1,0 +1,33 @@
+"""Predicted cost against counted cost, and widths that keep to their multiple."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pruning_nets import PRUNABLE, images, randomised
+
+from prunectl.pruning import cost
+from prunectl.pruning.budget import CostModel, _neighbours
+from prunectl.pruning.surgery import analyse, compact
+
+
+@pytest.mark.parametrize("net", PRUNABLE)
+def test_the_predicted_cost_is_the_counted_cost(net: str) -> None:
+    model, x = randomised(PRUNABLE[net]()), images(1)
+    graph = analyse(model, x)
+    costs, rng = CostModel.of(model, graph, (3, 8, 8)), np.random.default_rng(0)
+    assert costs.predict({}) == cost.count(model, (3, 8, 8))
+    for _ in range(3):
+        plan = {g.name: list(range(int(rng.integers(0, g.channels)))) for g in graph.groups if not g.locked}
+        with torch.no_grad():
+            small = compact(model, plan, x).module
+        assert costs.predict({n: len(c) for n, c in plan.items()}) == cost.count(small, (3, 8, 8))
+
+
+def test_neighbouring_widths_are_multiples_or_all_channels() -> None:
+    """20 channels in multiples of 8 may be 20, 16 or 8: one step from none dropped is 4, not 8."""
+    assert _neighbours(0, 20, 8, 8) == [4]
+    assert _neighbours(4, 20, 8, 8) == [12, 0]
+    assert _neighbours(12, 20, 8, 8) == [4]
+    assert _neighbours(0, 8, 8, 8) == []
