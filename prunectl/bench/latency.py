@@ -10,6 +10,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,19 +46,13 @@ def load_window(
 
     mark is called just outside both edges, for a sensor that is read there."""
     _run_for(call, warmup_s, 1)
-    mark()
-    stamps = np.array(_run_for(call, duration_s, iterations), dtype=np.int64)
-    mark()
-    return Window("load", artifact, repeat, int(stamps[0]), int(stamps[-1]), tuple(np.diff(stamps).tolist()))
+    return _window("load", artifact, repeat, lambda: _run_for(call, duration_s, iterations), mark)
 
 
 def train_window(step: Callable[[], object], *, artifact: int, repeat: int, steps: int, warmup_steps: int, mark: Mark) -> Window:
     """A window of exactly `steps` optimizer steps after the warm-up."""
     _run_for(step, 0.0, warmup_steps)
-    mark()
-    stamps = np.array(_run_for(step, 0.0, steps), dtype=np.int64)
-    mark()
-    return Window("train", artifact, repeat, int(stamps[0]), int(stamps[-1]), tuple(np.diff(stamps).tolist()))
+    return _window("train", artifact, repeat, lambda: _run_for(step, 0.0, steps), mark)
 
 
 def idle_window(seconds: float, *, mark: Mark) -> Window:
@@ -67,6 +62,25 @@ def idle_window(seconds: float, *, mark: Mark) -> Window:
     end = time.monotonic_ns()
     mark()
     return Window("idle", None, 0, start, end)
+
+
+def _window(kind: str, artifact: int, repeat: int, run: Callable[[], list[int]], mark: Mark) -> Window:
+    mark()
+    before = _waited_ns()
+    stamps = np.array(run(), dtype=np.int64)
+    after = _waited_ns()
+    mark()
+    start, end = int(stamps[0]), int(stamps[-1])
+    waited = {} if before is None or after is None else {"waited_share": (after - before) / max(1, end - start)}
+    return Window(kind, artifact, repeat, start, end, tuple(np.diff(stamps).tolist()), details=waited)
+
+
+def _waited_ns() -> int | None:
+    """How long this thread has been ready and without a core so far, by the kernel's account; None where it keeps none."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def _run_for(call: Callable[[], object], seconds: float, at_least: int) -> list[int]:

@@ -17,7 +17,7 @@ from prunectl.bench.records import Artifact, Rail, RawBench, Window
 from prunectl.bench.stats import NotMeasured
 
 ENOUGH_INFERENCES, ENOUGH_REFRESHES, ENOUGH_SECONDS = 1000, 100, 60.0
-DRIFT = 0.02  # of latency over a window, and of clocks between windows
+DRIFT = 0.02  # of latency over a window, of clocks between windows, of time lost to other programs
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,11 @@ def _warnings(raw: RawBench) -> list[str]:
         if rises:
             text = f"latency rose within {len(rises)} of its windows, by up to {max(rises):.1%}"
             found.append(f"{artifact.name}: {text}: heat, a governor, or other programs; fix the clocks, cool, wait for quiet")
+        waited = [w.details.get("waited_share", 0.0) for w in raw.windows if w.artifact == index]
+        if max(waited, default=0.0) > DRIFT:
+            found.append(
+                f"{artifact.name}: other programs had its core for up to {max(waited):.0%} of a window: end them and measure again"
+            )
     found += _clock_warnings(raw, loads)
     offsets = [w.wall_offset_s for w in raw.windows if w.wall_offset_s is not None]
     if offsets and max(offsets) - min(offsets) > 0.5:

@@ -77,11 +77,25 @@ def test_every_core_this_process_may_use(pair):
         devices.get("cpu")(Job(pair[:1]), Settings(threads=4096), say=quiet)
 
 
+def test_other_programs_on_the_core_are_seen(pair, tmp_path):
+    """Two busy loops on the same core: the bench says that its times are those of a competition."""
+    core = min(os.sched_getaffinity(0))
+    loops = [subprocess.Popen([sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"]) for _ in range(2)]
+    try:
+        time.sleep(0.3)
+        raw = devices.get("cpu")(Job(pair[:1]), dataclasses.replace(SWIFT, repeats=2), say=quiet)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert any("dense: other programs had its core for up to" in warning for warning in report(raw).warnings)
+
+
 def independent_p50_ms(model: OnnxModel, seconds: float) -> float:
     """A timing loop of our own, in its own process, as a sceptic would write it."""
     code = (
         "import sys, time, numpy, onnxruntime as ort\n"
-        "o = ort.SessionOptions(); o.intra_op_num_threads = len(__import__('os').sched_getaffinity(0))\n"
+        "o = ort.SessionOptions(); o.intra_op_num_threads = 1\n"
         "s = ort.InferenceSession(sys.argv[1], o, providers=['CPUExecutionProvider'])\n"
         "x = {i.name: numpy.random.randn(*i.shape).astype('f4') for i in s.get_inputs()}\n"
         "for _ in range(20): s.run(None, x)\n"
@@ -96,8 +110,10 @@ def independent_p50_ms(model: OnnxModel, seconds: float) -> float:
 
 @pytest.mark.slow
 def test_speed_up_agrees_within_5_percent(tmp_path):
+    if os.getloadavg()[0] > 0.5 * len(os.sched_getaffinity(0)):
+        pytest.skip("other programs run on this machine: 5 % cannot be checked beside them")
     models = onnx_model(tmp_path, "dense", 64), onnx_model(tmp_path, "pruned", 32)
-    settings = Settings.for_host(warmup_s=0.5, duration_s=3.0, repeats=7)
+    settings = Settings.for_host(warmup_s=0.5, duration_s=3.0, repeats=7, threads=1)  # more threads wait for the machine's other programs
     ours = report(devices.get("cpu")(Job(models), settings, say=quiet)).ratios[0].median
     theirs = statistics.median(independent_p50_ms(models[1], 3.0) / independent_p50_ms(models[0], 3.0) for _ in range(7))
     assert ours == pytest.approx(theirs, rel=0.05)

@@ -166,7 +166,10 @@ def test_a_counter_is_read_like_a_rail():
         (lambda r: dataclasses.replace(r, simulated=True, simulated_by=("sensors under /tmp/x",)), "simulated: sensors under /tmp/x"),
         (lambda r: record(seconds=10.0), "short windows"),
         (lambda r: with_power(r, skipped=({"name": "VDD_4V0_WIFI", "reason": "unplugged"},)), "rail VDD_4V0_WIFI was left out"),
-        (lambda r: dataclasses.replace(r, windows=tuple(rising(w) for w in r.windows)), "dense: latency rose within 5 of its windows, by up to"),
+        (
+            lambda r: dataclasses.replace(r, windows=tuple(rising(w) for w in r.windows)),
+            "dense: latency rose within 5 of its windows, by up to",
+        ),
         (lambda r: dataclasses.replace(r, telemetry=throttled(r.telemetry)), "the GPU clock moved between 1000 and 1300 MHz"),
         (lambda r: dataclasses.replace(r, windows=stepped(r.windows)), "the wall clock was stepped by 7200.0 s"),
         (lambda r: record(busy_mw=(2030.0, 2030.0), noise_mw=0.4), "is coarse"),
