@@ -558,5 +558,9 @@ def _entries(kind: str) -> dict[str, str]:
 def _absolute(result: dict[str, Any], out: Path) -> dict[str, Any]:
     """The result with the paths of its run folder made absolute."""
     run = (out / result["run"]).resolve()
-    paths = {k: str(run / v) for k, v in result.items() if k in ("ticket", "compact", "dense", "saved") and isinstance(v, str)}
+    paths: dict[str, Any] = {
+        k: str(run / v) for k, v in result.items() if k in ("ticket", "compact", "dense", "saved") and isinstance(v, str)
+    }
+    if tickets := result.get("channel_tickets"):
+        paths["channel_tickets"] = [{**t, "saved": str(run / t["saved"])} for t in tickets]
     return {**result, **paths, "run": str(run)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunectl import dist
 from prunectl.console import Console, percent, si
-from prunectl.errors import Interrupted, UsageError
+from prunectl.errors import UsageError
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost, oneshot
 from prunectl.pruning.constraints import ConstraintPlan, sets_for
@@ -132,7 +132,7 @@ def start_inside(session: Session, sets: Sets) -> None:
     optimizer = session.state.optimizer
     if not isinstance(optimizer, SFW):
         return
-    resumes = checkpoint.newest(session.run.checkpoints)[0] is not None
+    resumes = not session.run.replaced and checkpoint.newest(session.run.checkpoints)[0] is not None
     if sets.settings.sfw_init and not resumes:
         sets.scales = _initialised(session, sets)
     optimizer.feasible_()
@@ -171,19 +171,14 @@ def rate_of(session: Session, settings: Sfw) -> Callable[[float], float]:
 
 
 def _finish(session: Session, sets: Sets) -> dict[str, Any]:
-    recipe, run, s = session.recipe, session.run, sets.settings
-    try:
-        with averaged(session.state):
-            model = session.state.model
-            session.write_model("model", model)
-            dense = session.accuracy(s.split, model)
-            rows = sweep(session, model, s)
-            at_pattern = pattern(session, model, s) if s.wants_pattern else None
-            tickets = channel_tickets(session, model, s) if s.constraint == "group-k-support" and s.channels else None
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted in the sweep: the trained network is saved in {run.path}; go on with the same command and --resume"
-        ) from None
+    recipe, s = session.recipe, sets.settings
+    with averaged(session.state):
+        model = session.state.model
+        session.write_model("model", model)
+        dense = session.accuracy(s.split, model)
+        rows = sweep(session, model, s)
+        at_pattern = pattern(session, model, s) if s.wants_pattern else None
+        tickets = channel_tickets(session, model, s) if s.constraint == "group-k-support" and s.channels else None
     counted = cost.count(model, session.input_shape)
     if dist.rank() == 0:
         _write_files(session, sets, rows, dense.top1)
