@@ -70,10 +70,11 @@ def lowered(model: ModelProto, spec: InputSpec, profile: Profile, precision: str
 
     calibration: batches of normalised float32 (N, C, H, W), for int8. Raises UsageError if the profile refuses it."""
     profile.check_precision(precision)
-    if precision == "int8":
+    inside = profile.graph_precision(precision)
+    if inside == "int8":
         quantised = quantize.for_cpu if profile.tensorrt is None else quantize.for_tensorrt
         model = quantised(model, calibration)
-    elif precision == "fp16" and profile.fp16 == "graph":
+    elif inside == "fp16":
         model = quantize.to_fp16(model)
     return graph.with_pixel_input(model, spec.mean, spec.std) if spec.dtype == "uint8" else model
 
@@ -119,7 +120,7 @@ def save(
         kernel_params=counted.kernel_params,
         macs=counted.macs,
         input=spec,
-        engine_flags=("fp16",) if precision == "fp16" and profile.fp16 == "flag" else (),
+        engine_flags=profile.engine_flags(precision),
         provenance=provenance,
         **(measured or {}),
     )

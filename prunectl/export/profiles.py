@@ -53,6 +53,16 @@ class Profile:
         """The operators that the target imports; None if it reads every standard operator."""
         return _importers(self.operators) if self.operators else None
 
+    def graph_precision(self, precision: str) -> str:
+        """What the graph itself computes in: fp32 where FP16 is a flag of the engine build."""
+        return "fp32" if precision == "fp16" and self.fp16 == "flag" else precision
+
+    def engine_flags(self, precision: str) -> tuple[str, ...]:
+        """What an engine build must be asked for besides, as in trtexec's --fp16 and --int8."""
+        if self.fp16 == "graph":
+            return ()
+        return {"fp32": (), "fp16": ("fp16",), "int8": ("int8", "fp16")}[precision]
+
     def check_precision(self, precision: str) -> None:
         """Raises UsageError with the reason if the target does not run `precision`."""
         if precision not in self.precisions:

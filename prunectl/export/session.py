@@ -34,6 +34,8 @@ def open_session(model: Path | bytes, *, threads: int | None = None) -> ort.Infe
         raise UsageError(f"{model} is not a file; expected an ONNX model")
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # waiting threads sleep: spinning ones slow down everything else, and themselves where cores are shared
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

@@ -35,6 +35,14 @@ def test_int8_on_a_tx2_is_refused_with_the_reason():
     load("tx2").check_precision("fp16")
 
 
+def test_precision_lives_in_the_graph_or_in_a_flag():
+    orin, gpu = load("orin"), load("gpu")
+    assert [orin.graph_precision(p) for p in ("fp32", "fp16", "int8")] == ["fp32", "fp32", "int8"]
+    assert [gpu.graph_precision(p) for p in ("fp32", "fp16", "int8")] == ["fp32", "fp16", "int8"]
+    assert orin.engine_flags("int8") == ("int8", "fp16")
+    assert {gpu.engine_flags(p) for p in ("fp32", "fp16", "int8")} == {()}
+
+
 def test_two_of_four_sparsity_is_offered_where_it_gains():
     load("orin").check_sparsity("2:4")
     with pytest.raises(UsageError, match=r"2:4 with profile tx2.*gpu and orin and rtx"):
