@@ -12,24 +12,33 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replaces the running statistics of every batch norm by their cumulative mean over `batches` of inputs.
 
     The statistics become those of the pruned network on training images, without augmentation. All other modules stay
-    in eval mode (dropout off). Returns the number of images seen; with no batch norm nothing runs."""
+    in eval mode (dropout off). Returns the number of images seen; with no batch norm nothing runs, and with no batch of at
+    least two images the statistics stay as they were."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
+    before = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms]
     model.eval()
     for m in norms:
         m.reset_running_stats()
         m.momentum = None  # cumulative mean
         m.train()
     seen = 0
-    with torch.no_grad():
-        for x in batches:
-            model(x)
-            seen += len(x)
-    for m in norms:
-        m.momentum = momenta[m]
-    for module, training in modes.items():
-        module.training = training
+    try:
+        with torch.no_grad():
+            for x in batches:
+                if len(x) > 1:  # one image has no variance where a map is one pixel
+                    model(x)
+                    seen += len(x)
+    finally:
+        for m, (mean, var, tracked) in zip(norms, before, strict=True):
+            m.momentum = momenta[m]
+            if not seen:
+                m.running_mean.copy_(mean)
+                m.running_var.copy_(var)
+                m.num_batches_tracked.copy_(tracked)
+        for module, training in modes.items():
+            module.training = training
     return seen

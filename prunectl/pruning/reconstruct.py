@@ -46,22 +46,27 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
 
 
 class _Moments:
-    """Sums of a layer's inputs and of their products, over images and positions, in float64."""
+    """Sums of a layer's inputs and of their products over images and positions, both less the first batch's mean.
+
+    Without that shift a variance far below the squared mean would drown in the rounding of the products."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.sum: Tensor | None = None
-        self.products: Tensor | None = None
+        self.shift = self.sum = self.products = torch.empty(0)
 
     def add(self, x: Tensor) -> None:
-        rows = (x.movedim(1, -1) if x.dim() > 2 else x).reshape(-1, x.shape[1] if x.dim() > 2 else x.shape[-1]).float()
+        rows = (x.movedim(1, -1) if x.dim() == 4 else x).flatten(0, -2)  # a convolution's channels come second, a linear layer's last
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if not self.count:
+            self.shift = rows.mean(0)
+            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
+            self.products = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=x.device)
+        rows = rows - self.shift
         self.count += len(rows)
-        products, total = (rows.T @ rows).double(), rows.sum(0).double()
-        self.products = products if self.products is None else self.products + products
-        self.sum = total if self.sum is None else self.sum + total
+        self.products += rows.T @ rows
+        self.sum += rows.sum(0)
 
     def covariance(self) -> Tensor:
-        assert self.sum is not None and self.products is not None
         mean = self.sum / self.count
         return self.products / self.count - mean[:, None] * mean[None, :]
 
@@ -75,7 +80,7 @@ def _stand_in(layer: nn.Module, gone: list[int], covariance: Tensor) -> None:
     stays[lost] = False
     kept = stays.nonzero().flatten()
     within = covariance[kept][:, kept]
-    ridge = RIDGE * within.diagonal().mean().clamp(min=1e-12)
+    ridge = RIDGE * within.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
     system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
     mix = torch.linalg.solve(system, covariance[kept][:, lost]).to(weight)  # (S, R): M transposed
     weight[:, kept] += torch.einsum("or...,sr->os...", weight[:, lost], mix)

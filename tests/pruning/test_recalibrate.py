@@ -1,0 +1,64 @@
+"""Batch-norm statistics estimated anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunectl.pruning.recalibrate import recalibrate_
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4)
+    ).eval()
+
+
+def batches(sizes: tuple[int, ...] = (8, 8, 8)) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(n, 2, 6, 6) + 3 for n in sizes]
+
+
+def test_the_first_norm_gets_the_mean_of_the_batches_statistics() -> None:
+    model = net()
+    expected = torch.stack([model[0](x).mean((0, 2, 3)) for x in batches()]).mean(0)
+    variance = torch.stack([model[0](x).var((0, 2, 3)) for x in batches()]).mean(0)
+    assert recalibrate_(model, batches()) == 24
+    torch.testing.assert_close(model[1].running_mean, expected)  # float32 sums in another order
+    torch.testing.assert_close(model[1].running_var, variance)
+
+
+def test_modes_momentum_and_weights_stay() -> None:
+    model = net()
+    model[1].train()
+    weights = [p.clone() for p in model.parameters()]
+    recalibrate_(model, batches())
+    assert [m.training for m in model] == [False, True, False, False, False, False]
+    assert model[1].momentum == 0.1
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_the_old_statistics_do_not_matter() -> None:
+    first, second = net(), net()
+    second[1].running_mean.fill_(100.0)
+    recalibrate_(first, batches())
+    recalibrate_(second, batches())
+    assert torch.equal(first[1].running_mean, second[1].running_mean)
+
+
+@pytest.mark.parametrize("sizes", [(), (1,)])
+def test_too_few_images_leave_the_statistics_as_they_were(sizes: tuple[int, ...]) -> None:
+    model = net()
+    before = model[1].running_var.clone()
+    assert recalibrate_(model, batches(sizes)) == 0
+    assert torch.equal(model[1].running_var, before)
+
+
+def test_an_error_on_the_way_restores_modes_and_momentum() -> None:
+    model = net()
+    with pytest.raises(RuntimeError):
+        recalibrate_(model, [torch.randn(4, 3, 6, 6)])  # three channels where two are expected
+    assert model[1].momentum == 0.1
+    assert not model[1].training

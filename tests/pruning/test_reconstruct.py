@@ -1,0 +1,94 @@
+"""Surviving channels stand in for removed ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunectl import models
+from prunectl.pruning.merge import merge_
+from prunectl.pruning.reconstruct import RIDGE, reconstruct_
+from prunectl.pruning.surgery import analyse, compact
+
+EXAMPLE = torch.zeros(1, 1, 28, 28, dtype=torch.float64)
+
+
+def images(n: int = 32) -> Tensor:
+    return torch.randn(n, 1, 28, 28, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def network(name: str) -> nn.Module:
+    model = models.build(name, num_classes=10, in_channels=1, image_size=28, width=0.5).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.weight.data.uniform_(0.5, 1.5, generator=draw)
+            m.bias.data.uniform_(0, 1, generator=draw)
+    return model
+
+
+def copy_channel(model: nn.Module, layer: str, norm: str, source: int, target: int, factor: float) -> None:
+    """Channel `target` of a convolution and its norm becomes `factor` times channel `source`."""
+    conv, bn = model.get_submodule(layer), model.get_submodule(norm)
+    conv.weight.data[target] = conv.weight.data[source]
+    for t, f in ((bn.weight.data, factor), (bn.bias.data, factor), (bn.running_mean, 1.0), (bn.running_var, 1.0)):
+        t[target] = t[source] * f
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vgg16"])
+def test_a_scaled_copy_is_stood_in_for_exactly(name: str) -> None:
+    model = network(name)
+    graph = analyse(model, EXAMPLE)
+    group = sorted(graph.plain)[0]
+    copy_channel(model, group, graph.norm_after[group], source=1, target=3, factor=2.5)
+    dropped = {group: [3]}
+    expected = model(images())
+    without = compact(model, dropped, EXAMPLE).module(images())
+    merged, rebuilt = copy.deepcopy(model), copy.deepcopy(model)
+    assert merge_(merged, graph, dropped) == {group: 1}
+    reconstruct_(rebuilt, graph, dropped, [images()])
+    scale = expected.abs().max()
+    assert (without - expected).abs().max() / scale > 1e-3, "the dropped channel must have mattered"
+    # merge computes its factor from float32 filters; reconstruction gives the ridge's share away
+    assert (compact(merged, dropped, EXAMPLE).module(images()) - expected).abs().max() / scale < 1e-5
+    assert (compact(rebuilt, dropped, EXAMPLE).module(images()) - expected).abs().max() / scale < 10 * RIDGE
+
+
+@pytest.mark.parametrize("name", ["resnet8", "preresnet-20", "mobilenet-v2"])
+def test_readers_come_nearer_to_what_they_computed(name: str) -> None:
+    """The mix is the least-squares one, so on the images that it was fitted on no reader gets worse."""
+    model = network(name)
+    graph = analyse(model, EXAMPLE)
+    free = [g for g in graph.groups if not g.locked]
+    dropped = {g.name: list(range(0, g.channels, 3)) for g in free}
+    rebuilt = copy.deepcopy(model)
+    assert reconstruct_(rebuilt, graph, dropped, [images()]) == 32
+    reader = next(m for m in free[-1].members if not m.out and isinstance(model.get_submodule(m.layer), nn.Conv2d | nn.Linear))
+    inputs: list[Tensor] = []
+    hook = model.get_submodule(reader.layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(images())
+    hook.remove()
+    gone = [i for i, r in zip(reader.index, reader.root, strict=True) if r in set(dropped[free[-1].name])]
+    kept = inputs[0].clone()
+    kept[:, gone] = 0
+    old, new = model.get_submodule(reader.layer), rebuilt.get_submodule(reader.layer)
+
+    def centred(t: Tensor) -> Tensor:
+        return t - t.mean(tuple(i for i in range(t.dim()) if i != 1), keepdim=True)
+
+    target = centred(old(inputs[0]))
+    plain, repaired = (centred(layer(kept)) - target for layer in (old, new))
+    assert repaired.norm() <= plain.norm() * (1 + 1e-6)
+
+
+def test_nothing_but_readers_weights_changes() -> None:
+    model = network("resnet8")
+    graph = analyse(model, EXAMPLE)
+    rebuilt = copy.deepcopy(model).train()
+    reconstruct_(rebuilt, graph, {"layer1.0.conv1": [0, 1]}, [images()])
+    changed = [name for name, t in model.state_dict().items() if not torch.equal(t, rebuilt.state_dict()[name])]
+    assert changed == ["layer1.0.conv2.weight"]
+    assert all(m.training for m in rebuilt.modules())
