@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -29,7 +30,8 @@ class Cost:
 def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Parameters and MACs of `model` for one image of shape (C, H, W); the model is left as it was."""
     counter = FlopCounterMode(display=False)
-    with _evaluating(model), torch.enable_grad(), counter:  # with autograd on, attention keeps its countable operators
+    # with autograd on and attention as plain products, every multiplication is an operator that is counted
+    with _evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(_zeros(model, input_shape))
     return Cost(parameters(model), counter.get_total_flops() // 2)
 

@@ -19,7 +19,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         return 0
     modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
-    before = [(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in norms]
+    before = [{name: t.clone() for name, t in m.state_dict().items()} for m in norms]
     model.eval()
     for m in norms:
         m.reset_running_stats()
@@ -33,12 +33,10 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
                     model(x)
                     seen += len(x)
     finally:
-        for m, (mean, var, tracked) in zip(norms, before, strict=True):
+        for m, state in zip(norms, before, strict=True):
             m.momentum = momenta[m]
             if not seen:
-                m.running_mean.copy_(mean)
-                m.running_var.copy_(var)
-                m.num_batches_tracked.copy_(tracked)
+                m.load_state_dict(state)
         for module, training in modes.items():
             module.training = training
     return seen

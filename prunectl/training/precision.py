@@ -31,7 +31,8 @@ class Placement:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype, cache_enabled=True)
 
     def put(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device, memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device).to(memory_format=layout)
 
     def images(self, x: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

@@ -65,8 +65,8 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
 
 
 def _settings(device: str, request: Request) -> Settings:
-    given: dict[str, Any] = {"warmup_s": request.warmup_s, "duration_s": request.duration_s, "repeats": request.repeats, "threads": request.threads}
-    changes = {k: v for k, v in given.items() if v is not None}
+    given = (("warmup_s", request.warmup_s), ("duration_s", request.duration_s), ("repeats", request.repeats), ("threads", request.threads))
+    changes: dict[str, Any] = {k: v for k, v in given if v is not None}
     settings = Settings(**changes) if device == "jetson" else Settings.for_host(**changes)
     return settings.quick() if request.quick else settings
 

@@ -68,7 +68,7 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     verify.require_cost(verify.recount(module, fp32, spec))
     spec = spec.of_pixels() if request.uint8_input else spec
     model = onnx.lowered(fp32, spec, profile, request.precision, _calibration(images, request))
-    measured = _proof(module, model, spec, images, request.precision, profile, ui)
+    measured = _proof(module, model, spec, images, profile.graph_precision(request.precision), profile, ui)
     zeros = sparsity.measure(model, n=pattern[0], m=pattern[1]) if pattern else sparsity.measure(model)
     if pattern:
         profile.check_sparsity(f"{pattern[0]}:{pattern[1]}")
