@@ -1,0 +1,72 @@
+"""Criterion, scope and budget put together on real networks."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from prunectl import models
+from prunectl.errors import Unsatisfiable
+from prunectl.pruning.budget import TOLERANCE, Budget
+from prunectl.pruning.cost import count
+from prunectl.pruning.surgery import compact
+from prunectl.pruning.ticket import check_against_plan, plan_ticket
+
+SHAPE = (1, 28, 28)
+EXAMPLE = torch.zeros(1, *SHAPE)
+NETS = {"resnet8": 1.0, "resnet20": 1.0, "vgg16": 0.25, "preresnet-20": 1.0, "mobilenet-v2": 0.5}
+
+
+def network(name: str) -> nn.Module:
+    return models.build(name, num_classes=10, in_channels=1, image_size=28, width=NETS[name])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_twenty_random_budgets_are_met_within_two_percent_or_refused(name: str) -> None:
+    model, draw, met = network(name), random.Random(0), 0
+    dense = count(model, SHAPE)
+    for i in range(4):  # five nets of four: twenty
+        budget = Budget(draw.choice(("macs", "params", "channels")), draw.uniform(0.1, 0.9))
+        try:
+            plan = plan_ticket(model, EXAMPLE, budget=budget, criterion="l2", scope=("layerwise", "global")[i % 2])
+        except Unsatisfiable:
+            continue
+        met += 1
+        counted = check_against_plan(plan, compact(model, plan.dropped, EXAMPLE).module, SHAPE)
+        if budget.metric == "channels":
+            assert abs(plan.channels_removed - budget.value) <= budget.slack
+        else:
+            share = getattr(counted, budget.metric) / getattr(dense, budget.metric)
+            assert abs(share - budget.value) <= TOLERANCE * budget.value
+    assert met, "every budget was refused"
+
+
+def test_the_model_is_left_alone_and_two_plans_are_equal() -> None:
+    model = network("resnet8")
+    before = copy.deepcopy(model.state_dict())
+    first, second = (plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.5)) for _ in range(2))
+    assert first.dropped == second.dropped
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+def test_keep_protects_every_layer_coupled_to_a_match() -> None:
+    plan = plan_ticket(network("resnet8"), EXAMPLE, budget=Budget("macs", 0.8), keep=r"^conv1$")
+    assert "conv1" not in plan.dropped
+    assert plan.dropped
+
+
+def test_an_asked_multiple_is_kept_or_refused() -> None:
+    plan = plan_ticket(network("vgg16"), EXAMPLE, budget=Budget("channels", 0.5), round_to=16)
+    assert all(after == before or after % 16 == 0 for before, after in plan.widths.values())
+    with pytest.raises(Unsatisfiable, match=r"--sparsity 0\.99 cannot be met"):
+        plan_ticket(network("resnet8"), EXAMPLE, budget=Budget("channels", 0.99))
+
+
+def test_classifier_outputs_stay() -> None:
+    model = network("resnet8")
+    plan = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.5), scope="global")
+    assert compact(model, plan.dropped, EXAMPLE).module(EXAMPLE).shape == (1, 10)
