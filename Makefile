@@ -15,8 +15,9 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/prunectl demo
 
+# one thread a test, two at a time: the whole default suite in minutes on two cores
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600
