@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["prunectl.cli", "prunectl.recipe", "prunectl.workflows.find_ticket", "prunectl.workflows.train", "torch._dynamo"])
-TINY = ("--set", "model.width=0.5", "--set", "data.train_images=200", "--set", "train.batch_size=50")
+FORKS.set_forkserver_preload(
+    ["prunectl.cli", "prunectl.recipe", "prunectl.workflows.find_ticket", "prunectl.workflows.train", "torch._dynamo"]
+)
+TINY = ("--set", "model.width=0.5", "--set", "data.train_images=200", "--set", "data.val_fraction=0.02", "--set", "train.batch_size=50")
 
 
 @dataclass(frozen=True)
