@@ -14,7 +14,7 @@ from prunectl.training.loop import TrainState, steps
 from prunectl.training.optimizers import sgd
 from prunectl.training.precision import place as placement
 
-BATCH, STEPS, LOOKS = 128, 3, 5
+BATCH, STEPS, LOOKS = 128, 2, 5
 NETS = ("resnet8", "resnet20", "preresnet-20", "resnet18", "vgg16", "preresnet-101")
 
 

@@ -16,7 +16,7 @@ from prunectl.training.loop import TrainState, steps
 from prunectl.training.optimizers import sgd
 from prunectl.training.precision import Placement
 
-BATCH, STEPS, PAIRS = 128, 3, 7
+BATCH, STEPS, PAIRS = 128, 2, 5
 
 
 def main() -> None:
