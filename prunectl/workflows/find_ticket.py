@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunectl import models
+from prunectl import dist, models
 from prunectl.console import Console, si
 from prunectl.errors import Unsatisfiable
 from prunectl.files import write_csv, write_json
@@ -27,7 +27,7 @@ from prunectl.recipe import Recipe, Ticket
 from prunectl.training.gradients import mean_gradients
 from prunectl.training.optimizers import momentum_of, set_momentum
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Options, Session, adopt, averaged, begin, fit, from_disk, run_folder
+from prunectl.workflows.session import Options, Session, adopt, averaged, begin, fit, from_disk, reset_average, run_folder
 
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
@@ -79,6 +79,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         set_momentum(session.state.model, session.state.optimizer, momentum)
     raw = session.accuracy("val", session.state.model).top1
     recalibrated = _recalibrate(session, settings)
+    reset_average(session)
     session.ui.say(
         f"ticket drawn after {epoch:g} epochs by {search.deciding}: {100 * plan.channels_removed:.0f} % of the channels go, "
         f"MACs {si(plan.dense.macs)} -> {si(counted.macs)}; "
@@ -170,8 +171,9 @@ def _recalibrate(session: Session, settings: Ticket) -> float:
 def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any]:
     ticket, recipe, run = search.ticket, session.recipe, session.run
     probes = [{"detector": n, "epoch": r.epoch, "max": r.max, "to": list(r.distances)} for n, rows in search.readings.items() for r in rows]
-    write_csv(run.path / "probes.csv", probes)
-    write_json(run.path / "probes.json", search.record())
+    if dist.rank() == 0:
+        write_csv(run.path / "probes.csv", probes)
+        write_json(run.path / "probes.json", search.record())
     with averaged(session.state):
         session.write_model("compact" if ticket else "dense", session.state.model)
         final = None if settings.search_only and ticket else session.accuracy("test", session.state.model)
@@ -179,7 +181,7 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
     dense_flops = cost.training_flops(dense_macs, session.dense_images)
     points = ticket["accuracy"] if ticket else {"dense_at_draw": None, "raw": None, "bn_recalibrated": None}
     params = cost.parameters(session.state.model)
-    if ticket:
+    if ticket and dist.rank() == 0:
         write_json(run.ticket, ticket)
     deciding = search.record()[search.deciding]["distances"]
     return session.result(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunectl import dist
 from prunectl.errors import UsageError
 from prunectl.pruning import cost, detectors
 from prunectl.pruning.detectors import Detector, Reading
@@ -69,6 +70,7 @@ class Search:
 
         The masks change from epoch to epoch, so their detectors look once an epoch unless they decide."""
         model = session.state.model
+        dist.from_rank_0(model)  # ranks whose batch-norm statistics differ would not draw the same ticket, nor together
         if step.summary and step.summary.epoch == self.not_before:
             self.rewind = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         images = 0

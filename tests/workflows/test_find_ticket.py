@@ -286,6 +286,17 @@ def test_search_only_stops_at_the_draw(tmp_path):
     assert on["params"] == result["params"]["ticket"]
 
 
+def test_the_saved_average_has_the_recalibrated_statistics(tmp_path):
+    """With an average of the weights kept, it too begins anew after the draw's re-calibration."""
+    run = _search_only(tmp_path, "--set", "train.ema=0.9", "--set", "train.precision=fp32")
+    net, right, n = package.load(run), 0, 0
+    for x, y in data.load("fashion-mini", train_images=200, val_fraction=0.02).eval_batches("val", batch_size=500):
+        with torch.no_grad():
+            right += int((net(x).argmax(1) == y).sum())
+        n += len(y)
+    assert 100 * right / n == pytest.approx(_result(run)["accuracy"]["bn_recalibrated"])
+
+
 def _weights(run: Path) -> dict[str, torch.Tensor]:
     return {k: t for k, t in package.load(run).state_dict().items() if "running" not in k and "tracked" not in k}
 

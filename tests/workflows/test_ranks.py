@@ -1,0 +1,74 @@
+"""Two processes that torchrun starts train one network: one run folder, one result, the same weights on both."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import TINY, Outcome, only_run
+
+import prunectl as package
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def _torchrun(*argv: object) -> Outcome:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "prunectl", *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def _finite(run: Path) -> None:
+    assert all(t.isfinite().all() for t in package.load(run).state_dict().values())
+
+
+@pytest.mark.parametrize("extra", [(), ("--set", "train.ema=0.9")])
+def test_train(tmp_path, extra):
+    done = _torchrun("train", "resnet8", "fashion-mini", *TINY, "--epochs", 2, *extra, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    result = done.document  # one document, not two
+    run = only_run(tmp_path)
+    assert json.loads((run / "result.json").read_text())["accuracy"] == result["accuracy"]
+    assert json.loads((run / "run.json").read_text())["hardware"]["ranks"] == 2
+    assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    _finite(run)
+
+
+@pytest.mark.parametrize("detector", ["epoch:0.5", "spline"])
+def test_find_ticket(tmp_path, detector):
+    flags = ("--detector", detector, "--eps", "0.9", "--window", 1, "--set", "ticket.probes_per_epoch=2")
+    done = _torchrun("find-ticket", "resnet8", "fashion-mini", *TINY, "--epochs", 3, *flags, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    result, run = done.document, only_run(tmp_path)
+    assert result["outcome"] == "found" and done.err.count("ticket drawn") == 1
+    assert sum(p.numel() for p in package.load(run).parameters()) == result["params"]["ticket"]
+    _finite(run)
+
+
+def test_resume_and_an_answer_from_disk(tmp_path):
+    argv = ("train", "resnet8", "fashion-mini", *TINY, "--epochs", 3, "--out", tmp_path)
+    whole = _torchrun(*argv, "--json")
+    run = only_run(tmp_path)
+    weights = {k: t.clone() for k, t in package.load(run).state_dict().items()}
+    again = _torchrun(*argv, "--json")
+    assert again.code == 0 and again.document == whole.document
+    (run / "result.json").unlink()
+    for path in (run / "checkpoints").glob("epoch-00003.*"):
+        path.unlink()
+    refused = _torchrun(*argv)
+    assert refused.code != 0 and "unfinished" in refused.err and "Traceback (most recent call last):\n  File \"" + package.__file__ not in refused.err
+    resumed = _torchrun(*argv, "--resume", "--json")
+    assert resumed.code == 0, resumed.err
+    assert all(torch.equal(t, weights[k]) for k, t in package.load(run).state_dict().items())
+
+
+def test_overwrite(tmp_path):
+    argv = ("train", "resnet8", "fashion-mini", *TINY, "--epochs", 1, "--out", tmp_path)
+    one, two = _torchrun(*argv, "--json"), _torchrun(*argv, "--overwrite", "--json")
+    assert (one.code, two.code) == (0, 0)
+    assert one.document["accuracy"] == two.document["accuracy"] and one.document["wall_s"] != two.document["wall_s"]
