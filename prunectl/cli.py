@@ -539,7 +539,7 @@ def _dry_run(settings: Any, options: Any, ui: Any) -> None:
 
 def _entries(kind: str) -> dict[str, str]:
     if kind == "recipes":
-        from prunectl.recipe import known_recipes
+        from prunectl.shipped import known_recipes
 
         return known_recipes()
     if kind in _MODULES:

@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prunectl.errors import UsageError
 from prunectl.registry import canonical
+from prunectl.shipped import shipped
 
-PACKAGE = Path(__file__).parent
 Fraction = Field(gt=0, lt=1)
 
 
@@ -226,12 +226,6 @@ NAMED = ("verb", "model.name", "data.name")
 SECTION_OF = {"find-ticket": "ticket", "sfw-prune": "sfw"}
 
 
-def shipped(folder: str) -> Path:
-    """Data that comes with the package: `recipes` or `deploy`, in a checkout or in an installed wheel."""
-    packed = PACKAGE / "_shipped" / folder
-    return packed if packed.is_dir() else PACKAGE.parent / folder
-
-
 def resolve(
     verb: str, *, model: str, dataset: str, file: Path | None = None, overrides: Mapping[str, Any] | None = None, sets: Iterable[str] = ()
 ) -> Recipe:
@@ -278,16 +272,6 @@ def validated(settings: Mapping[str, Any]) -> Recipe:
 def read_back(path: Path) -> Recipe:
     """The recipe that a run folder keeps."""
     return validated(_read(path))
-
-
-def known_recipes() -> dict[str, str]:
-    """Shipped recipes by name, with the first comment line of each."""
-    root = shipped("recipes")
-    found = {}
-    for path in sorted(root.rglob("*.yaml")):
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        found[str(path.relative_to(root).with_suffix(""))] = first.lstrip("# ").strip()
-    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

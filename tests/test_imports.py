@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "files": {"errors"},
     "pruning": BASE,
     **dict.fromkeys(MIDDLE, BASE | {"files", "pruning"} | MIDDLE),
-    **{room: {"errors", "registry", "files"} for room in ("recipe", "rundir", "console")},
-    "workflows": BASE | {"files", "pruning", "recipe", "rundir", "console"} | MIDDLE,
-    "cli": {"errors", "registry", "recipe", "rundir", "console", "workflows", "models", "data"},  # the last two for their lists
+    "shipped": set(),
+    **{room: {"errors", "registry", "files", "shipped"} for room in ("recipe", "rundir", "console")},
+    "workflows": BASE | {"files", "pruning", "recipe", "rundir", "console", "shipped"} | MIDDLE,
+    "cli": {"errors", "registry", "recipe", "shipped", "rundir", "console", "workflows", "models", "data"},  # the last two for their lists
     "__main__": {"cli"},
     "__init__": {"workflows"} | MIDDLE,  # names handed on when they are asked for
 }

@@ -13,7 +13,8 @@ from prunectl.errors import UsageError
 from prunectl.models.names import resolve as known_model
 from prunectl.pruning.criteria import criteria
 from prunectl.pruning.detectors import parse
-from prunectl.recipe import Recipe, known_recipes, read_back, resolve, shipped, validated
+from prunectl.recipe import Recipe, read_back, resolve, validated
+from prunectl.shipped import known_recipes, shipped
 
 FIND = ("find-ticket", "resnet8", "fashion-mini")
 

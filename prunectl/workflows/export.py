@@ -23,8 +23,9 @@ from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
 from prunectl.export.session import load_onnx_session
 from prunectl.pruning.recalibrate import recalibrate_
-from prunectl.recipe import Sfw, read_back, shipped
+from prunectl.recipe import Sfw, read_back
 from prunectl.rundir import RunDir
+from prunectl.shipped import shipped
 from prunectl.training import compactmodel
 from prunectl.workflows.session import versions
 from prunectl.workflows.sweep import calibration_images, pruned, pruned_nm

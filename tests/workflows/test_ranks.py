@@ -61,7 +61,11 @@ def test_resume_and_an_answer_from_disk(tmp_path):
     for path in (run / "checkpoints").glob("epoch-00003.*"):
         path.unlink()
     refused = _torchrun(*argv)
-    assert refused.code != 0 and "unfinished" in refused.err and "Traceback (most recent call last):\n  File \"" + package.__file__ not in refused.err
+    assert (
+        refused.code != 0
+        and "unfinished" in refused.err
+        and 'Traceback (most recent call last):\n  File "' + package.__file__ not in refused.err
+    )
     resumed = _torchrun(*argv, "--resume", "--json")
     assert resumed.code == 0, resumed.err
     assert all(torch.equal(t, weights[k]) for k, t in package.load(run).state_dict().items())
