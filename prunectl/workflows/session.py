@@ -24,7 +24,7 @@ from prunectl.errors import CorruptFile, Interrupted, PrunectlError, RunFolderEr
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Train
-from prunectl.rundir import RunDir, clear, discard_if_empty, opened, point_latest, read_jsonl
+from prunectl.rundir import RunDir, clear, discard_if_empty, opened, point_latest
 from prunectl.training import checkpoint, compactmodel
 from prunectl.training.evaluate import Accuracy, accuracy
 from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, TrainState, steps
@@ -379,6 +379,7 @@ def _save(s: Session, keeper: Keeper | None) -> None:
         "steps": s.steps,
         "spent_flops": s.spent_flops,
         "wall_s": s.wall_s,
+        "rows": s.rows,
         "kept": kept_meta,
         "scaler": s.state.scaler.state_dict() if s.state.scaler else None,
     }
@@ -399,7 +400,12 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
         adopt(s, compactmodel.rebuild(s.arguments, s.steps))
         if s.recipe.train.distill and s.recipe.verb == "find-ticket":
             s.state.teacher = s.place.put(compactmodel.read(s.run.path / "dense").module())
-    s.state.model.load_state_dict(found.section("model"))
+    try:
+        s.state.model.load_state_dict(found.section("model"))
+    except RuntimeError:
+        raise UsageError(
+            f"the checkpoints in {s.run.path} do not fit {s.recipe.model.name} as it is now: put it back as it was, or add --overwrite"
+        ) from None
     load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
     if s.state.average is not None:
         s.state.average = {k: v.to(s.place.device) for k, v in found.section("average").items()}
@@ -408,7 +414,7 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
     if keeper:
         keeper.restore(found.section("kept"), found.meta["kept"])
     s.state.epoch, s.spent_flops, s.wall_before_s = found.epoch, found.meta["spent_flops"], found.meta["wall_s"]
-    s.rows = [r for r in read_jsonl(s.run.metrics) if r["epoch"] <= found.epoch]
+    s.rows = found.meta["rows"]
     s.ui.say(f"resumed {s.run.path} after epoch {found.epoch}")
 
 

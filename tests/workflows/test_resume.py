@@ -200,6 +200,51 @@ def test_when_every_checkpoint_is_spoilt_it_begins_again_and_says_so(undisturbed
     _must_equal(run, undisturbed["train"])
 
 
+def test_a_lost_log_is_written_anew(undisturbed, tmp_path):
+    run = _interrupted_after("train", 2, tmp_path)
+    for name in ("metrics.jsonl", "metrics.csv"):
+        (run / name).unlink()
+    assert prunectl(*_command("train", tmp_path, "--resume")).code == 0
+    _must_equal(run, undisturbed["train"])
+
+
+def test_training_from_latest_resumes_from_what_latest_was(undisturbed, tmp_path):
+    """As soon as the new run begins, `latest` is the new run."""
+    shutil.copytree(undisturbed["find-ticket"], tmp_path / "cut" / "ticket")
+    shutil.copytree(undisturbed["find-ticket"], tmp_path / "whole" / "ticket")
+    for out in (tmp_path / "cut", tmp_path / "whole"):
+        (out / "latest").symlink_to("ticket")
+    (tmp_path / "start").symlink_to(tmp_path / "cut" / "ticket")
+    sets = [part for setting in SETTINGS["train"] for part in ("--set", setting)]
+    argv = ["train", "resnet8", "fashion-mini", *sets, "--from", str(tmp_path / "cut" / "latest"), "--out"]
+    whole = prunectl(*argv, tmp_path / "whole", "--json")
+    died = forked(*argv, tmp_path / "cut", log=tmp_path / "log", die_at_write=14)
+    assert died.code == 137 and (tmp_path / "cut" / "latest").resolve().name != "ticket"
+    argv[argv.index("--from") + 1] = str(tmp_path / "start")  # the same run by another name
+    resumed = prunectl(*argv, tmp_path / "cut", "--resume")
+    assert resumed.code == 0 and "resumed" in resumed.out, resumed
+    name = Path(whole.document["run"]).name
+    _must_equal(tmp_path / "cut" / name, tmp_path / "whole" / name)
+
+
+NETWORK = """
+from torch import nn
+def net(num_classes, in_channels):
+    c = CHANNELS
+    return nn.Sequential(nn.Conv2d(in_channels, c, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes))
+"""
+
+
+def test_a_users_network_that_changed_meanwhile(tmp_path):
+    file = tmp_path / "nets.py"
+    file.write_text(NETWORK.replace("CHANNELS", "8"))
+    argv = ["train", f"{file}:net", "fashion-mini", "--epochs", 3, "--set", "data.train_images=100", "--out", tmp_path / "runs"]
+    assert forked(*argv, log=tmp_path / "log", die_at_write=12).code == 137
+    file.write_text(NETWORK.replace("CHANNELS", "12"))
+    failed = prunectl(*argv, "--resume")
+    assert failed.code == 2 and "do not fit" in failed.err and "--overwrite" in failed.err and failed.err.count("\n") == 1
+
+
 def test_an_unfinished_run_asks_what_to_do_and_overwrite_begins_again(undisturbed, tmp_path):
     run = _interrupted_after("train", 1, tmp_path)
     prunectl(*_command("train", tmp_path)).refused(2, "unfinished", "--resume", "--overwrite")
