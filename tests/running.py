@@ -55,10 +55,10 @@ def prunectl(*argv: object) -> Outcome:
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
-def installed(*argv: object, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> Outcome:
+def installed(*argv: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 280) -> Outcome:
     """One command as `python -m prunectl` in a process of its own."""
     command = [sys.executable, "-m", "prunectl", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, cwd=cwd, timeout=timeout)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

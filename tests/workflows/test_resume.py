@@ -16,8 +16,9 @@ import pytest
 import torch
 from running import comparable, forked, only_run, prunectl, run_folders, start
 
+import prunectl as package
 from prunectl.console import Console
-from prunectl.errors import Interrupted
+from prunectl.errors import Interrupted, UsageError
 from prunectl.recipe import resolve
 from prunectl.training.checkpoint import newest
 from prunectl.workflows.find_ticket import find_ticket
@@ -198,6 +199,18 @@ def test_when_every_checkpoint_is_spoilt_it_begins_again_and_says_so(undisturbed
     resumed = prunectl(*_command("train", tmp_path, "--resume"))
     assert resumed.code == 0 and resumed.err.count("warning: ") == 2 and "starting from the beginning" in resumed.out
     _must_equal(run, undisturbed["train"])
+
+
+def test_an_unfinished_run_is_no_network_yet(tmp_path):
+    """The dense network of its draw lies in the folder, and is not what the run is for."""
+    run = _interrupted_after("find-ticket", 3, tmp_path)
+    assert (run / "dense" / "plan.json").is_file()
+    with pytest.raises(UsageError, match="unfinished"):
+        package.load(run)
+    assert package.load(run / "dense") is not None
+    assert prunectl("show", run, "--json").document["outcome"] == "unfinished"
+    failed = prunectl("train", "resnet8", "fashion-mini", "--from", run, "--out", tmp_path / "other")
+    failed.refused(2, "unfinished", "--resume")
 
 
 def test_a_lost_log_is_written_anew(undisturbed, tmp_path):
