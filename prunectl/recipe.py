@@ -232,7 +232,9 @@ def resolve(
     """The recipe of `verb model dataset`: shipped or given file, then `overrides` ("train.epochs" -> 5), then `sets`.
 
     Raises UsageError, naming the key, what came and what was expected."""
-    name = model if ":" in model else canonical(model)
+    file_of_model, colon, function = model.rpartition(":")
+    # a user's file is found again from any folder, and is not another project's of that name
+    name = f"{Path(file_of_model).expanduser().resolve()}:{function}" if colon else canonical(model)
     default = shipped("recipes") / verb / f"{_slug(name)}-{_slug(dataset)}.yaml"
     settings = _read(file) if file else (_read(default) if default.is_file() else {})
     settings = {**settings, "verb": verb, "model": {**_section(settings, "model"), "name": name}}

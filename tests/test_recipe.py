@@ -212,6 +212,17 @@ def test_the_run_name_tells_verb_model_data_set_and_digest(tmp_path):
     assert len(recipe.digest) == 8 and int(recipe.digest, 16) >= 0
 
 
+def test_a_users_file_is_named_for_good(tmp_path, monkeypatch):
+    """The same words in another folder name another file, and a saved network is loaded from anywhere."""
+    names = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        names.append(resolve("train", model="./nets.py:net", dataset="fashion-mini"))
+    assert [r.model.name for r in names] == [f"{tmp_path}/one/nets.py:net", f"{tmp_path}/two/nets.py:net"]
+    assert names[0].digest != names[1].digest
+
+
 def test_the_starting_point_is_named_for_good(tmp_path, monkeypatch):
     """runs/latest is another run tomorrow, and this one as soon as it begins."""
     monkeypatch.chdir(tmp_path)
