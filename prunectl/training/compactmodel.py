@@ -43,7 +43,10 @@ class CompactModel:
             raise CorruptFile(f"{self.path} has a {PLAN} but no {WEIGHTS}; write the model again")
         if sha256(weights) != self.plan["weights_sha256"]:
             raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}")
-        model = rebuild(self.plan["model"], self.plan["steps"])
+        try:
+            model = rebuild(self.plan["model"], self.plan["steps"])
+        except (TypeError, ValueError, KeyError) as e:
+            raise CorruptFile(f"{self.path / PLAN} describes no network ({type(e).__name__}: {e}); write the model again") from None
         try:
             model.load_state_dict(read_tensors(weights))
         except RuntimeError:
@@ -104,7 +107,7 @@ def read(path: Path) -> CompactModel:
     file = path / PLAN
     try:
         plan = json.loads(file.read_text(encoding="utf-8"))
-        for key in ("model", "steps", "data", "weights_sha256"):
+        for key in ("model", "steps", "data", "params", "macs", "parent", "weights_sha256"):
             plan[key]
     except FileNotFoundError:
         raise CorruptFile(f"{path} is no saved model: it has no {PLAN}") from None

@@ -1,0 +1,113 @@
+"""Saved networks: what is written comes back bit for bit, and what does not fit is refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunectl import models
+from prunectl.errors import CorruptFile, UnknownName, UsageError, VerificationFailed
+from prunectl.pruning.surgery import analyse, compact
+from prunectl.training import compactmodel
+
+ARGUMENTS = {"name": "resnet8", "num_classes": 10, "in_channels": 1, "image_size": 28, "width": 1.0}
+INFO = {"name": "fashion-mini"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A network cut twice, each time in the numbering that the time before left, and its folder."""
+    net, example, steps = models.build(**ARGUMENTS), torch.zeros(1, 1, 28, 28), []
+    for _ in range(2):
+        group = next(g for g in analyse(net, example).groups if not g.locked and g.channels > 8)
+        steps.append({"dropped": {group.name: [0, group.channels - 1]}})
+        net = compact(net, steps[-1]["dropped"], example).module
+    folder = tmp_path_factory.mktemp("net")
+    compactmodel.write(folder, net, arguments=ARGUMENTS, steps=steps, data=INFO, parent="a-run")
+    return net, folder
+
+
+def _edited(folder: Path, to: Path, **changes: object) -> Path:
+    shutil.copytree(folder, to)
+    plan = json.loads((to / "plan.json").read_text())
+    for key, value in changes.items():
+        plan.pop(key) if value is None else plan.update({key: value})
+    (to / "plan.json").write_text(json.dumps(plan))
+    return to
+
+
+def test_what_was_saved_comes_back(saved):
+    net, folder = saved
+    back = compactmodel.load(folder)
+    assert not any(m.training for m in back.modules())
+    assert all(torch.equal(t, back.state_dict()[k]) for k, t in net.state_dict().items())
+    x = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(net.eval()(x), back(x))
+
+
+def test_the_plan_counts_what_is_there(saved):
+    net, folder = saved
+    plan = compactmodel.read(folder).plan
+    assert plan["params"] == sum(p.numel() for p in net.parameters()) and plan["parent"] == "a-run" and plan["schema"] == 1
+    assert len(plan["steps"]) == 2 and compactmodel.read(folder).input_shape == (1, 28, 28)
+
+
+def test_writing_a_network_that_its_plan_does_not_describe_is_refused(tmp_path):
+    net = models.build(**ARGUMENTS)
+    with pytest.raises((VerificationFailed, CorruptFile)):
+        compactmodel.write(tmp_path, net, arguments={**ARGUMENTS, "width": 0.5}, steps=[], data=INFO, parent="")
+
+
+@pytest.mark.parametrize("key", ["model", "steps", "data", "params", "macs", "parent", "weights_sha256"])
+def test_a_plan_without_one_of_its_keys(saved, tmp_path, key):
+    with pytest.raises(CorruptFile, match=r"plan\.json"):
+        compactmodel.read(_edited(saved[1], tmp_path / "net", **{key: None}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": []},
+        {"steps": [{}]},
+        {"steps": 5},
+        {"steps": [{"dropped": {"conv1": "all"}}]},
+        {"model": {**ARGUMENTS, "colour": 1}},
+        {"model": {**ARGUMENTS, "num_classes": "ten"}},
+        {"model": 5},
+        {"weights_sha256": "0"},
+    ],
+    ids=str,
+)
+def test_a_plan_that_makes_no_sense(saved, tmp_path, change):
+    with pytest.raises(CorruptFile, match=r"net"):
+        compactmodel.load(_edited(saved[1], tmp_path / "net", **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model": {**ARGUMENTS, "name": "resnet9"}}, UnknownName),
+        ({"model": {**ARGUMENTS, "name": "/nowhere/nets.py:net"}}, UsageError),
+        ({"steps": [{"dropped": {"conv1": [999]}}]}, UsageError),
+        ({"model": {**ARGUMENTS, "width": 0.5}}, UsageError),
+        ({"steps": [{"dropped": {"nothing": [0]}}]}, UsageError),
+    ],
+    ids=str,
+)
+def test_a_plan_with_a_name_or_a_number_that_does_not_exist(saved, tmp_path, change, error):
+    with pytest.raises(error):
+        compactmodel.load(_edited(saved[1], tmp_path / "net", **change))
+
+
+def test_locate_says_what_is_missing(tmp_path):
+    for path, words in ((tmp_path / "nowhere", "no run or saved network"), (tmp_path, "holds no saved network")):
+        with pytest.raises(UsageError, match=words):
+            compactmodel.locate(path)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CorruptFile, match=r"notes\.txt"):
+        compactmodel.locate(tmp_path / "notes.txt")
