@@ -106,12 +106,12 @@ def train(
 
     Example: prunectl train resnet18 fashion-mnist --epochs 20 --set model.width=0.25
     """
-    overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": str(start) if start else None}
+    overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": start, "data.dir": data_dir}
     settings = _recipe("train", model, dataset, recipe, sets, overrides)
     ui = _ui(json, quiet, verbose, no_progress)
     if print_recipe:
         return _print_recipe(settings, ui)
-    options = _options(out, device, data_dir, workers, resume, overwrite)
+    options = _options(out, device, workers, resume, overwrite)
     if dry_run:
         return _dry_run(settings, options, ui)
     from prunectl.workflows import train as workflow
@@ -178,13 +178,14 @@ def find_ticket(
         "keep": keep,
         "search_only": search_only,
     }
-    overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, **{f"ticket.{k}": v for k, v in ticket.items()}}
+    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "data.dir": data_dir}
+    overrides = {**common, **{f"ticket.{k}": v for k, v in ticket.items()}}
     settings = _recipe("find-ticket", model, dataset, recipe, sets, overrides)
     _check_names(settings)
     ui = _ui(json, quiet, verbose, no_progress)
     if print_recipe:
         return _print_recipe(settings, ui)
-    options = _options(out, device, data_dir, workers, resume, overwrite)
+    options = _options(out, device, workers, resume, overwrite)
     if dry_run:
         return _dry_run(settings, options, ui)
     from prunectl.workflows import find_ticket as workflow
@@ -251,13 +252,13 @@ def sfw_prune(
         "scope": scope,
         "bn_recal": bn_recal,
     }
-    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": str(start) if start else None}
+    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": start, "data.dir": data_dir}
     settings = _recipe("sfw-prune", model, dataset, recipe, sets, {**common, **{f"sfw.{k}": v for k, v in sfw.items()}})
     _check_names(settings)
     ui = _ui(json, quiet, verbose, no_progress)
     if print_recipe:
         return _print_recipe(settings, ui)
-    options = _options(out, device, data_dir, workers, resume, overwrite)
+    options = _options(out, device, workers, resume, overwrite)
     if dry_run:
         return _dry_run(settings, options, ui)
     from prunectl.workflows import sfw_prune as workflow
@@ -422,9 +423,11 @@ def demo(
     ui = _ui(json, quiet, verbose, no_progress)
     from prunectl.workflows import demo as workflow
 
-    result = workflow.demo(_options(out, device, None, None, False, overwrite), ui)
+    result = workflow.demo(_options(out, device, None, False, overwrite), ui)
     workflow.show(result, ui)
     ui.document(result)
+    if result["outcome"] == "not-found":
+        raise typer.Exit(ExitStatus.UNSATISFIABLE)
 
 
 def main() -> None:
@@ -495,12 +498,12 @@ def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _options(out: Path, device: str, data_dir: Path | None, workers: int | None, resume: bool, overwrite: bool) -> Any:
+def _options(out: Path, device: str, workers: int | None, resume: bool, overwrite: bool) -> Any:
     if resume and overwrite:
         raise UsageError("--resume goes on with a run, --overwrite throws it away: give one of them")
     from prunectl.workflows.session import Options
 
-    return Options(out=out, device=device, data_dir=data_dir, workers=workers, resume=resume, overwrite=overwrite)
+    return Options(out=out, device=device, workers=workers, resume=resume, overwrite=overwrite)
 
 
 def _recipe(verb: str, model: str, dataset: str, file: Path | None, sets: list[str] | None, overrides: dict[str, Any]) -> Any:

@@ -34,6 +34,7 @@ class Model(_Section):
 
 class Data(_Section):
     name: str
+    dir: str | None = Field(None, description="where data sets lie; null: $PRUNECTL_DATA, else ~/.cache/prunectl")
     image_size: int | None = Field(None, ge=8, le=1024, description="overrides the size the network is fed")
     train_images: int | None = Field(None, ge=1, description="a stratified part of the training images")
     val_fraction: float | None = Field(
@@ -248,8 +249,10 @@ def resolve(
         settings["train"] = _training_for_the_set(settings, given)
     for key, value in given.items():
         _put(settings, key, value)
+    if settings["data"].get("dir"):
+        settings["data"]["dir"] = str(Path(str(settings["data"]["dir"])).expanduser().resolve())  # one folder, one run, from anywhere
     if settings.get("start"):
-        settings["start"] = str(Path(settings["start"]).expanduser().resolve())  # what runs/latest is today
+        settings["start"] = str(Path(str(settings["start"])).expanduser().resolve())  # what runs/latest is today
     return validated(settings)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunectl.pruning.modes import evaluating
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,7 +33,7 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     """Parameters and MACs of `model` for one image of shape (C, H, W); the model is left as it was."""
     counter = FlopCounterMode(display=False)
     # with autograd on and attention as plain products, every multiplication is an operator that is counted
-    with _evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+    with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(_zeros(model, input_shape))
     return Cost(parameters(model), counter.get_total_flops() // 2)
 
@@ -53,7 +55,7 @@ def layer_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
 
             hooks.append(module.register_forward_hook(add))
     try:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             model(_zeros(model, input_shape))
     finally:
         for hook in hooks:
@@ -73,18 +75,3 @@ def forward_flops(macs: int, images: int) -> int:
 def _zeros(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
     like = next(model.parameters())
     return torch.zeros((1, *input_shape), device=like.device, dtype=like.dtype)
-
-
-class _evaluating:  # noqa: N801 - reads as a statement
-    """Every module in eval mode inside the block, each one's own mode restored after it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = {m: m.training for m in self.model.modules()}
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from prunectl.pruning.modes import evaluating
+
 
 def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Replaces the running statistics of every batch norm by their cumulative mean over `batches` of inputs.
@@ -17,17 +19,15 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
-    modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
     before = [{name: t.clone() for name, t in m.state_dict().items()} for m in norms]
-    model.eval()
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # cumulative mean
-        m.train()
     seen = 0
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for m in norms:
+                m.reset_running_stats()
+                m.momentum = None  # cumulative mean
+                m.train()
             for x in batches:
                 if len(x) > 1:  # one image has no variance where a map is one pixel
                     model(x)
@@ -37,6 +37,4 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
             m.momentum = momenta[m]
             if not seen:
                 m.load_state_dict(state)
-        for module, training in modes.items():
-            module.training = training
     return seen

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from prunectl.pruning.modes import evaluating
 from prunectl.pruning.surgery import Graph
 
 RIDGE = 1e-3  # of the mean variance: keeps the solve well-posed where channels are dead or copies of each other
@@ -26,19 +27,15 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
     lost = _lost_inputs(model, graph, dropped)
     moments = {name: _Moments() for name in lost}
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, m=m: m.add(inputs[0])) for name, m in moments.items()]
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
     seen = 0
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for x in batches:
                 model(x)
                 seen += len(x)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     for name, gone in lost.items():
         if moments[name].count:
             _stand_in(model.get_submodule(name), gone, moments[name].covariance())

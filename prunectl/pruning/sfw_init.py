@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunectl.errors import UsageError
 from prunectl.pruning.constraints import ConstraintSet, Unconstrained
+from prunectl.pruning.modes import restoring_modes
 from prunectl.pruning.sfw import Rescale, frank_wolfe_step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -118,11 +119,7 @@ def _overlapping(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], t
 @contextmanager
 def _batch_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms normalise by their batch and everything else is in eval mode; modes come back on leaving."""
-    modes = {module: module.training for module in model.modules()}
-    for module in modes:
-        module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
-    try:
+    with restoring_modes(model):
+        for module in model.modules():
+            module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
         yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

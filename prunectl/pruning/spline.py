@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunectl.errors import UsageError
+from prunectl.pruning.modes import evaluating
 
 _RELUS: frozenset[object] = frozenset(
     {F.relu, F.relu_, F.relu6, F.hardtanh, F.leaky_relu, F.prelu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
@@ -237,18 +238,6 @@ def _norm_outputs(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
             hook.remove()
 
 
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _code(
     model: nn.Module,
     probe: Tensor,
@@ -256,7 +245,7 @@ def _code(
     max_bytes: int | None,
     empty: str,
 ) -> ActivationCode:
-    with _eval_mode(model):
+    with evaluating(model), torch.no_grad():
         widths: list[int] = []
         with gates(model, lambda x: widths.append(x.numel())):  # window partitions fold space into the first dimension
             model(probe[:1])

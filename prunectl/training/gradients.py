@@ -8,24 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunectl.pruning.modes import evaluating
 from prunectl.training.precision import Placement
 
 
 def mean_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], place: Placement) -> dict[str, Tensor]:
     """Parameter name -> gradient of the cross-entropy, averaged over `batches`, in eval mode; modes are restored."""
-    modes = {m: m.training for m in model.modules()}
     named = dict(model.named_parameters())
     total = {name: torch.zeros_like(p) for name, p in named.items()}
-    model.eval()
     n = 0
-    for x, y in batches:
-        with place.autocast():
-            logits = model(place.images(x))
-        loss = F.cross_entropy(logits.float(), y.to(place.device))
-        for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
-            if g is not None:
-                total[name] += g
-        n += 1
-    for module, training in modes.items():
-        module.training = training
+    with evaluating(model):
+        for x, y in batches:
+            with place.autocast():
+                logits = model(place.images(x))
+            loss = F.cross_entropy(logits.float(), y.to(place.device))
+            for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):
+                if g is not None:
+                    total[name] += g
+            n += 1
     return {name: g / max(1, n) for name, g in total.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
@@ -37,10 +38,8 @@ def load_state_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[
             kept[key] = value.to(kept[key].device)
             continue
         p = parameters[name]
-        t = value.to(p.device)
-        if t.shape == p.shape:
-            t = t.to(memory_format=_layout(p))
-        optimizer.state[p][key] = t.clone(memory_format=_layout(p)) if t.shape == p.shape else t.clone()
+        same = value.shape == p.shape  # momentum lies in memory as its parameter does
+        optimizer.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value) if same else value.to(p.device, copy=True)
 
 
 def momentum_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -55,13 +54,3 @@ def momentum_of(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
 
 def set_momentum(model: nn.Module, optimizer: Optimizer, momentum: Mapping[str, Tensor]) -> None:
     load_state_tensors(model, optimizer, {f"{name}/momentum_buffer": t for name, t in momentum.items()})
-
-
-def _layout(p: Tensor):  # type: ignore[no-untyped-def]
-    import torch
-
-    return (
-        torch.channels_last
-        if p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last) and not p.is_contiguous()
-        else torch.contiguous_format
-    )

@@ -23,7 +23,7 @@ from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
 from prunectl.export.session import load_onnx_session
 from prunectl.pruning.recalibrate import recalibrate_
-from prunectl.recipe import Sfw, read_back
+from prunectl.recipe import Recipe, Sfw, read_back
 from prunectl.rundir import RunDir
 from prunectl.shipped import shipped
 from prunectl.training import compactmodel
@@ -155,14 +155,19 @@ def _swept(saved: compactmodel.CompactModel, request: Request, prune: Callable[[
     """The saved network pruned once, as one row of a sweep: batch norm re-estimated on the training images of its run.
 
     What is ranked and how comes from the run's recipe, or is the default of sfw-prune. Raises DataMissing."""
-    run = RunDir(_run_of(saved.path))
-    recipe = read_back(run.recipe) if run.recipe.is_file() else None
+    recipe = _recipe_of(saved.path)
     settings = (recipe.sfw if recipe else None) or Sfw()
     module = prune(saved.module(), settings)
     if settings.bn_recal:
         part = {"val_fraction": recipe.data.val_fraction, "train_images": recipe.data.train_images} if recipe else {}
         recalibrate_(module, calibration_images(_dataset(saved.plan, request, **part), settings.bn_recal))
     return module
+
+
+def _recipe_of(folder: Path) -> Recipe | None:
+    """What the run that holds a saved network was asked for, where there is one."""
+    run = RunDir(_run_of(folder))
+    return read_back(run.recipe) if run.recipe.is_file() else None
 
 
 def _run_of(folder: Path) -> Path:
@@ -191,9 +196,10 @@ def _images(plan: dict[str, Any], request: Request, ui: Console) -> Dataset | No
 
 def _dataset(plan: dict[str, Any], request: Request, **part: Any) -> Dataset:
     """part: `val_fraction` and `train_images`, where not all the training images were trained on."""
-    info = plan["data"]
+    info, recipe = plan["data"], _recipe_of(compactmodel.locate(request.path))
+    folder = request.data_dir or (recipe.data.dir if recipe else None)
     fit = info["fit"] if info["fit"] in ("pad", "resize") else "pad"
-    return data.load(info["name"], data_dir=request.data_dir, image_size=info["image_size"], fit=fit, **part)
+    return data.load(info["name"], data_dir=folder, image_size=info["image_size"], fit=fit, **part)
 
 
 def _calibration(images: Dataset | None, request: Request) -> Iterator[Tensor]:

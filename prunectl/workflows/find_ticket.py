@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prunectl import dist, models
 from prunectl.console import Console, si
-from prunectl.errors import Unsatisfiable
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
@@ -234,9 +233,3 @@ def show(result: dict[str, Any], ui: Console) -> None:
 
 def _two(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f}"
-
-
-def refuse_if_nothing_found(result: dict[str, Any]) -> None:
-    """Raises Unsatisfiable for a search that found no ticket, after its result was written and shown."""
-    if result["outcome"] == "not-found":
-        raise Unsatisfiable(f"no ticket found: {result['accuracy']['reason']}")

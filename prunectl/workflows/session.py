@@ -43,7 +43,6 @@ class Options:
 
     out: Path = Path("runs")
     device: str = "auto"
-    data_dir: Path | None = None
     workers: int | None = None
     resume: bool = False
     overwrite: bool = False
@@ -197,7 +196,7 @@ def from_disk(run: RunDir, ui: Console) -> dict[str, Any]:
 def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optimizer: MakeOptimizer = momentum_sgd) -> Session:
     """Data, network and optimizer of a recipe, as new. Everything that can be refused is refused here."""
     placement = place(options.device, recipe.train.precision)
-    summary = data.describe(recipe.data.name, data_dir=options.data_dir)
+    summary = data.describe(recipe.data.name, data_dir=recipe.data.dir)
     size = models.input_size(
         recipe.model.name,
         summary.image_size,
@@ -210,7 +209,7 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
         ui.say(f"images of {summary.image_size} pixels are {how} to {size.size} for {recipe.model.name}")
     images = data.load(
         recipe.data.name,
-        data_dir=options.data_dir,
+        data_dir=recipe.data.dir,
         image_size=size.size,
         fit="pad" if size.fit == "none" else size.fit,
         val_fraction=recipe.data.val_fraction,
