@@ -1,14 +1,16 @@
 """Every registered network, dense and with half its channels gone, and what users bring from torchvision, for every profile.
 
 Nothing may fail silently: an export passes its lint, answers as torch does, does the network's work, and compiles, or it
-is in REFUSED with the reason. Minutes long; run by hand, with a table, as
+is in REFUSED with the reason. About half an hour on one core; run by hand, the table of docs/evidence/export.md kept, as
 
-    pytest -m slow -s tests/export/test_export_zoo.py
+    OMP_NUM_THREADS=1 PRUNECTL_ZOO=benchmarks/results/export_zoo.json pytest -m slow tests/export/test_export_zoo.py
 """
 
 import importlib.util
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,18 +19,31 @@ from torch import nn
 
 from prunectl import models
 from prunectl.errors import PrunectlError
-from prunectl.export import graph, onnx, profiles, tensorrt, verify
+from prunectl.export import graph, lint, onnx, profiles, tensorrt, verify
 from prunectl.export.artifact import InputSpec
 from prunectl.pruning.allocate import layerwise, prunable
 from prunectl.pruning.surgery import analyse, compact
+from prunectl.workflows.session import versions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 OURS = models.models.names()
 THEIRS = ["mobilenet_v2", "densenet121", "regnet_x_400mf", "efficientnet_b0", "convnext_tiny", "vit_b_16"]
 CASES = [(n, kind) for n in OURS for kind in ("dense", "pruned")] + [(f"torchvision/{n}", "dense") for n in THEIRS]
 PROFILES = ["cpu", "tx2", "orin", "rtx"]
-REFUSED: dict[tuple[str, str], str] = {}
+REFUSED: dict[tuple[str, str], str] = {}  # (network, profile) -> words of the refusal
 OLD_PYTHON = os.environ.get("PRUNECTL_PY36_ORT")
+KEPT = os.environ.get("PRUNECTL_ZOO")  # a file for the table
+
+
+@pytest.fixture(scope="module")
+def table():
+    """What every test adds its rows to; kept whatever fails."""
+    rows = []
+    yield rows
+    print("\n" + "\n".join(json.dumps(row) for row in rows))
+    if KEPT:
+        about = {"versions": versions(), "profiles": PROFILES, "old_reader": bool(OLD_PYTHON)}
+        Path(KEPT).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def network(name: str, kind: str, size: int) -> nn.Module:
@@ -50,40 +65,46 @@ def network(name: str, kind: str, size: int) -> nn.Module:
     return compact(net, layerwise(scores, sparsity=0.5), example).module
 
 
+def exported(net: nn.Module, spec: InputSpec, label: str, folder: Path) -> dict[str, object]:
+    """What one profile made of a network: proven, linted, saved, and compiled or read by an old reader where that is here."""
+    profile, path = profiles.load(label), folder / f"{label}.onnx"
+    images = verify.random_batches(spec, n=2)
+    model = onnx.build(net, spec, profile)
+    found = verify.recount(net, model, spec)
+    verify.require_cost(found)
+    parity = verify.compare(net, verify.classifier(model, spec), images, images="random")
+    verify.require_same(parity, "fp32")
+    onnx.save(model, path, spec=spec, profile=profile)
+    assert graph.opset(graph.read(path)) == profile.opset
+    row = {"nodes": len(model.graph.node), "macs": found.macs, "max_rel": parity.max_rel}
+    row["warnings"] = sorted({f.rule for f in lint.lint(path, profile)})
+    if label == "rtx" and importlib.util.find_spec("tensorrt_rtx"):
+        engine = tensorrt.build(path, tensorrt.rtx_compiler(("SM86",)), folder, profile=profile)
+        row |= {"engine_bytes": engine.bytes, "engine_build_s": round(engine.build_s, 2)}
+    if label == "tx2" and OLD_PYTHON:
+        row["old_reader_max_rel"] = old_reader(path, net, images[0], folder)
+    return row
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_every_network_for_every_profile(name, kind, tmp_path):
+def test_every_network_for_every_profile(name, kind, tmp_path, table):
     size = 224 if name in ("torchvision/vit_b_16", "alexnet") else 64
     net = network(name, kind, size)
     spec = InputSpec((3, size, size), (0.5,) * 3, (0.25,) * 3, tuple(map(str, range(10))), "noise")
-    images = verify.random_batches(spec, n=2)
-    rows = []
+    refused = {}
     for label in PROFILES:
-        profile = profiles.load(label)
-        path = tmp_path / f"{label}.onnx"
+        row = {"network": name, "kind": kind, "size": size, "profile": label, "refused": None}
         try:
-            model = onnx.build(net, spec, profile)
-            found = verify.recount(net, model, spec)
-            verify.require_cost(found)
-            parity = verify.compare(net, verify.classifier(model, spec), images, images="random")
-            verify.require_same(parity, "fp32")
-            onnx.save(model, path, spec=spec, profile=profile)
-            note = f"{len(model.graph.node)} nodes, {found.macs / 1e6:.1f} M MACs, off by {parity.max_rel:.1e}"
-            if label == "rtx" and importlib.util.find_spec("tensorrt_rtx"):
-                engine = tensorrt.build(path, tensorrt.rtx_compiler(("SM86",)), tmp_path, profile=profile)
-                note += f", engine of {engine.bytes / 1e6:.1f} MB in {engine.build_s:.1f} s"
-            if label == "tx2" and OLD_PYTHON:
-                note += f", ONNX Runtime 1.10 off by {old_reader(path, net, images[0], tmp_path):.1e}"
-            assert (name, label) not in REFUSED, "it is expected to be refused, and was not"
+            row |= exported(net, spec, label, tmp_path)
         except PrunectlError as problem:
-            if (name, label) not in REFUSED or REFUSED[name, label] not in str(problem):
-                raise
-            note = f"refused: {problem}"
-        rows.append(f"{name:28} {kind:7} {label:5} {note}")
-    print("\n" + "\n".join(rows))
-    assert graph.opset(graph.read(tmp_path / "cpu.onnx")) == 18
+            refused[label] = row["refused"] = str(problem)
+        table.append(row)
+    expected = {label: words for (known, label), words in REFUSED.items() if known == name}
+    assert refused.keys() == expected.keys(), refused
+    assert all(words in refused[label] for label, words in expected.items())
 
 
-def old_reader(path, net, images, folder) -> float:
+def old_reader(path: Path, net: nn.Module, images: np.ndarray, folder: Path) -> float:
     """Largest difference to torch, relative, of one image under Python 3.6 and onnxruntime 1.10."""
     np.save(folder / "x.npy", images[:1])
     code = (
