@@ -4,12 +4,12 @@
 One file, Python 3.6, standard library only. Three ways to run it:
 
     python3 agent.py bench dense.onnx pruned.onnx -o raw.json     by hand; without a file: what this board has, and its idle power
+    python3 agent.py build dense.onnx                             their engines only
     python3 agent.py sample                                       power until stdin ends
     its text streamed over ssh, then `serve`                      PROTOCOL.md
 
 Invariant: however it ends (done, Ctrl-C, hang-up, cut connection, kill -9), the guard process it started first kills every
-process of the bench and removes its folder. One bench at a time: the lock is a socket name that dies with its owners.
-Stamps are CLOCK_MONOTONIC in ns, so a stepped wall clock moves nothing."""
+process of the bench and removes its folder. One bench at a time: the lock is a socket name that dies with its owners."""
 
 import argparse
 import errno
@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import re
 import select
 import shutil
@@ -32,9 +31,9 @@ from subprocess import DEVNULL, PIPE, STDOUT, Popen, SubprocessError, TimeoutExp
 PROTOCOL = 1
 MARK = "prunectl-agent:"  # opens every line of `serve`; a login banner has none
 DEFAULTS = {
-    "protocol": PROTOCOL, "models": [], "train": [], "precision": "fp16", "sparsity": "disable", "workspace_mb": 1024, "spin_wait": False,
-    "warmup_s": 5.0, "duration_s": 60.0, "iterations": 200, "repeats": 5, "idle_s": 30.0, "period_ms": 50.0, "refresh_probe_s": 5.0,
-    "build_timeout_s": 1800.0, "slack_s": 60.0, "root": None, "trtexec": None, "train_python": None,
+    "protocol": PROTOCOL, "models": [], "train": [], "build_only": False, "precision": "fp16", "sparsity": "disable", "spin_wait": False,
+    "workspace_mb": 1024, "warmup_s": 5.0, "duration_s": 60.0, "iterations": 200, "repeats": 5, "idle_s": 30.0, "period_ms": 50.0,
+    "refresh_probe_s": 5.0, "build_timeout_s": 1800.0, "slack_s": 60.0, "root": None, "trtexec": None, "train_python": None,
 }  # fmt: skip
 WHOLE_MODULE = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "package-0")  # read first, so its stamp is the truest
 TEGRASTATS_RAIL = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)(mW)?/\d+(?:mW)?(?= |$)")  # NAME current/average, mW
@@ -49,7 +48,7 @@ class Refused(Exception):
 
 
 def now_ns():
-    return int(time.monotonic() * 1e9)
+    return int(time.monotonic() * 1e9)  # CLOCK_MONOTONIC: a stepped wall clock moves nothing
 
 
 def read_text(path):
@@ -210,9 +209,7 @@ def read_rail(fds):
 
 
 def discover(root, guard=None):
-    """(source, rails, skipped, reason): the first family of sensors that gives a number; a rail is {name, unit, files, wrap}.
-
-    tegrastats is a program that must be run, so it is looked for under a guard only."""
+    """(source, rails, skipped, reason): the first family of sensors that gives a number; a rail is {name, unit, files, wrap}."""
     skipped = []
     for source, family in (("ina3221-iio", iio_rails), ("ina3221-hwmon", hwmon_rails), ("rapl", rapl_rails)):
         rails = []
@@ -225,6 +222,7 @@ def discover(root, guard=None):
                 continue
             wrap = read_number(os.path.join(os.path.dirname(files[0]), "max_energy_range_uj"))
             rails.append({"name": name, "unit": unit, "files": files, "wrap": wrap})
+        # tegrastats is a program that must be run: under a guard only
         command = tegrastats(root, 100) if guard and source == "ina3221-hwmon" and not rails else None
         if command:
             said, source = run(guard, command, 1.5)[1], "tegrastats"  # it never ends by itself
@@ -258,9 +256,7 @@ def telemetry_files(root):
 
 
 def sample(rails, telemetry, period_ms, fast_s, stop, command=None):
-    """{t_ns, values, telemetry, sampler}: every rail each period, the rest each second, until the descriptor `stop` is readable.
-
-    For the first fast_s seconds the period is 10 ms, which shows how often the sensor has a new number."""
+    """{t_ns, values, telemetry, sampler}: every rail each period, the rest each second, until the descriptor `stop` is readable."""
     fds = [[os.open(path, os.O_RDONLY) for path in rail["files"]] for rail in rails]
     watched = [(name, [os.open(path, os.O_RDONLY)]) for name, path in sorted(telemetry.items())]
     t_ns, rows, slow_t, slow, text = [], [], [], [], b""
@@ -289,7 +285,7 @@ def sample(rails, telemetry, period_ms, fast_s, stop, command=None):
             slow_t.append(stamp)
             slow.append([read_rail(f) for _, f in watched])
             next_slow += 1.0
-        period = 0.01 if stamp < (begin + fast_s) * 1e9 else period_ms / 1e3
+        period = 0.01 if stamp < (begin + fast_s) * 1e9 else period_ms / 1e3  # 10 ms show how often the sensor has a new number
         due = max(due + period, time.monotonic())  # after a stall, no burst to catch up
     return {
         "t_ns": t_ns, "values": {rail["name"]: [row[i] for row in rows] for i, rail in enumerate(rails)},
@@ -350,7 +346,7 @@ def environment(root, guard=None):
     gpu = os.path.dirname(watched.get("gpu_hz", "/none/"))
     return {
         "board": first("proc/device-tree/model", "sys/firmware/devicetree/base/model") or None,
-        "hostname": platform.node(), "machine": platform.machine(), "kernel": platform.release(), "python": platform.python_version(),
+        "hostname": os.uname().nodename, "machine": os.uname().machine, "kernel": os.uname().release, "python": sys.version.split()[0],
         "cpu": (re.findall(r"model name\s*: (.*)", read_text("/proc/cpuinfo")) or [None])[0], "cpus": os.cpu_count(),
         "l4t": ".".join(release.groups()) if release else None, "cuda": cuda[0] if cuda else None,
         "nvpmodel": {"name": mode.group(1), "id": int(mode.group(2))} if mode else None,
@@ -366,18 +362,21 @@ def last_words(tail):
     return "it said: " + said[-1].strip()[:300] if said else "it said nothing"
 
 
-def explain(code, tail, what, timeout_s, folder, workspace_mb):
-    """The Refused that tells why a tool failed."""
-    text, free_mb = "\n".join(tail), shutil.disk_usage(folder).free >> 20
+def must_run(guard, argv, timeout_s, what, workspace_mb, on_line=None):
+    """The last lines of a tool that ended well. Raises the Refused that tells why it did not."""
+    code, tail = run(guard, argv, timeout_s, on_line)
+    text, free_mb = "\n".join(tail), shutil.disk_usage(guard.folder).free >> 20
+    if code == 0:
+        return tail
     if code is None:
-        return Refused("timeout", "%s gave no result within %d s and was stopped; %s" % (what, timeout_s, last_words(tail)))
-    if "No space left" in text or (code and free_mb < 1):
-        return Refused("disk-full", "the board's disk is full (%d MB left) and %s failed: free space in %s" % (free_mb, what, folder))
+        raise Refused("timeout", "%s gave no result within %d s and was stopped; %s" % (what, timeout_s, last_words(tail)))
+    if "No space left" in text or free_mb < 1:
+        raise Refused("disk-full", "the board's disk is full (%d MB left) and %s failed: free space in %s" % (free_mb, what, guard.folder))
     if code in (-9, 137) or re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.I):
         text = "%s was Killed, the board ran out of memory: lower the workspace cap (now %d MB) or add swap"
-        return Refused("out-of-memory", text % (what, workspace_mb))
+        raise Refused("out-of-memory", text % (what, workspace_mb))
     hint = " (deploy/README.md: the container has it)" if "No module named 'torch'" in text else ""
-    return Refused("failed", "%s failed with exit code %s; %s%s" % (what, code, last_words(tail), hint))
+    raise Refused("failed", "%s failed with exit code %s; %s%s" % (what, code, last_words(tail), hint))
 
 
 def trtexec_version(guard, trtexec):
@@ -421,61 +420,55 @@ class Board(object):
         self.request, self.root, self.cache, self.guard, self.version = request, root, cache, guard, None
         self.trtexec = request["trtexec"] or program(root, "trtexec", "usr/src/tensorrt/bin", "usr/bin", "usr/local/bin")
         self.source, self.rails, self.skipped, self.reason = discover(root, guard)
-        self.environment = environment(root, guard)
+        self.environment = dict(environment(root, guard), tensorrt=None, trtexec=self.trtexec)
         self.simulated_by = ["sensors under %s" % root] if root != "/" else []
-        if request["models"]:
-            self._need_trtexec()
-
-    def _need_trtexec(self):
+        if not request["models"]:
+            return
         if not self.trtexec or not os.access(self.trtexec, os.X_OK):
             where = self.trtexec or os.path.join(self.root, "usr/src/tensorrt/bin/trtexec")
             raise Refused("no-trtexec", "no trtexec at %s: install JetPack's TensorRT, or name it with --trtexec" % where)
         self.version = trtexec_version(self.guard, self.trtexec)
         if self.version < (8, 0):
             raise Refused("version", "TensorRT %d.%d is too old: 8.0 or later is needed (JetPack 4.6)" % self.version[:2])
-        with open(self.trtexec, "rb") as f:
-            self.simulated_by += ["trtexec is a script"] if f.read(4) != b"\x7fELF" else []
+        self.environment["tensorrt"] = ".".join(map(str, self.version))
+        self.simulated_by += ["trtexec is a script"] if read_text(self.trtexec)[:4] != "\x7fELF" else []
 
     def engine_path(self, model):
-        facts = [self.environment["board"], platform.node(), self.version, model["sha256"], model.get("shapes")]
+        facts = [self.environment["board"], os.uname().nodename, self.version, model["sha256"], model.get("shapes")]
         facts += [self.request[name] for name in ("precision", "sparsity", "workspace_mb")]
         return os.path.join(self.cache, "engines", hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20] + ".plan")
 
     def cached(self, model):
-        """How the engine for this file, TensorRT, board and settings was built, if it is there and whole; else None."""
-        plan = self.engine_path(model)
-        about = json.loads(read_text(plan + ".json") or "null") if os.path.exists(plan) else None
-        return dict(about, cached=True) if about and about["sha256"] == file_sha256(plan) else None
+        """The engine for this file, TensorRT, board and settings, {path, bytes, sha256, command, build_s}: if it is there and whole."""
+        path = self.engine_path(model)
+        about = json.loads(read_text(path + ".json") or "null") if os.path.exists(path) else None
+        return dict(about, path=path, bytes=os.path.getsize(path)) if about and about["sha256"] == file_sha256(path) else None
 
     def build(self, model, onnx, say):
-        """(path of the engine, how it came to be)."""
-        plan, limit_s, folder, about = self.engine_path(model), self.request["build_timeout_s"], self.guard.folder, self.cached(model)
-        if about:
-            return plan, about
+        """The model's engine as `cached` describes it, built now unless it is there."""
+        plan, limit_s, folder, there = self.engine_path(model), self.request["build_timeout_s"], self.guard.folder, self.cached(model)
+        if there:
+            return dict(there, cached=True)
         workspace_mb = min(self.request["workspace_mb"], self.environment["memory_available_mb"] // 2 or 1 << 20)
         made, timing = os.path.join(folder, "engine.plan"), os.path.join(folder, "timing.cache")
         command = build_command(self.version, self.trtexec, onnx, made, timing, self.request, workspace_mb, model.get("shapes"))
         begin, what = time.monotonic(), "trtexec, building the engine of %s," % model["name"]
         say("building the engine of %s" % model["name"], limit_s)
-        code, tail = run(self.guard, command, limit_s)
-        if code != 0:
-            raise explain(code, tail, what, limit_s, folder, workspace_mb)
+        tail = must_run(self.guard, command, limit_s, what, workspace_mb)
         if not os.path.exists(made) or not os.path.getsize(made):
             raise Refused("trtexec", "%s ended well but wrote no engine; %s" % (what, last_words(tail)))
-        about = {"command": command, "build_s": round(time.monotonic() - begin, 3), "sha256": file_sha256(made)}
         os.makedirs(os.path.dirname(plan), exist_ok=True)
-        write(plan + ".json", about)
+        write(plan + ".json", {"command": command, "build_s": round(time.monotonic() - begin, 3), "sha256": file_sha256(made)})
         os.replace(made, plan)
-        return plan, dict(about, cached=False)
+        return dict(self.cached(model), cached=False)
 
     def load_window(self, plan, model, limit_s):
         """{start_ns, end_ns, latency_ns, command} of the inferences after the warm-up, on our own clock."""
         request, times, started = self.request, os.path.join(self.guard.folder, "times.json"), []
         command = run_command(self.version, self.trtexec, plan, times, request, model.get("shapes"))
-        what = "trtexec, timing %s," % model["name"]
-        code, tail = run(self.guard, command, limit_s, lambda ns, line: started.append(ns) if "Starting inference" in line else None)
-        if code != 0:
-            raise explain(code, tail, what, limit_s, self.guard.folder, request["workspace_mb"])
+        what, note = "trtexec, timing %s," % model["name"], lambda ns, line: started.append(ns) if "Starting inference" in line else None
+        write(times, None)  # not the last window's, should trtexec not get to write its own
+        tail = must_run(self.guard, command, limit_s, what, request["workspace_mb"], note)
         try:  # 8.2 lists the warm-up too
             rows = [row for row in json.loads(read_text(times)) if row["startComputeMs"] >= request["warmup_s"] * 1e3]
             start, end = rows[0]["startComputeMs"], max(row["endComputeMs"] for row in rows)
@@ -490,8 +483,7 @@ TRAINER = """
 import json, sys, time, torch
 path, job = sys.argv[1], json.loads(sys.argv[2])
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-module = torch.jit.load(path, map_location=device)
-module.train()
+module = torch.jit.load(path, map_location=device).train()
 weights = [p for p in module.parameters() if p.requires_grad]
 before = [p.detach().clone() for p in weights]
 optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
@@ -514,19 +506,27 @@ print("RESULT " + json.dumps(dict(about, stamps=stamps[job["warmup_steps"]:])))
 
 def train_window(guard, path, job, request, limit_s):
     """{start_ns, end_ns, latency_ns: one a step, trainer}: the traced module trained on synthetic data in a process of its own."""
-    said, command = [], [request["train_python"] or sys.executable, "-c", TRAINER, path, json.dumps(job)]
-    code, tail = run(guard, command, limit_s, lambda _, line: said.append(line[7:]) if line.startswith("RESULT ") else None)
-    if code != 0 or not said:
-        raise explain(code, tail, "training %s" % job["name"], limit_s, guard.folder, request["workspace_mb"])
-    trainer = json.loads(said[0])
+    command = [request["train_python"] or sys.executable, "-c", TRAINER, path, json.dumps(job)]
+    tail = must_run(guard, command, limit_s, "training %s" % job["name"], request["workspace_mb"])
+    trainer = next((json.loads(line[7:]) for line in tail if line.startswith("RESULT ")), None)
+    if trainer is None:
+        raise Refused("failed", "training %s ended without a result; %s" % (job["name"], last_words(tail)))
     stamps = [int(s * 1e9) for s in trainer.pop("stamps")]
     return {"start_ns": stamps[0], "end_ns": stamps[-1], "latency_ns": [b - a for a, b in zip(stamps, stamps[1:])], "trainer": trainer}
 
 
-def bench(request, board, held, files, say):
-    """The raw record of a whole bench: engines, then idle, then every model in turn, `repeats` times over; training after it."""
+def carry_out(request, board, held, files, say):
+    """The record of a request: of a bench, or, with build_only, of the engines: where they are and how they came to be."""
+    engines = [board.build(model, files.get(model["sha256"]), say) for model in request["models"]]
+    if not request["build_only"]:
+        return bench(request, board, held, files, engines, say)
+    built = [dict(engine, name=model["name"], onnx_sha256=model["sha256"]) for model, engine in zip(request["models"], engines)]
+    return {"schema": 1, "simulated_by": board.simulated_by, "environment": board.environment, "engines": built}
+
+
+def bench(request, board, held, files, engines, say):
+    """The raw record: idle, then every model in turn, `repeats` times over; training after it."""
     models, jobs, windows, train_reason = request["models"], request["train"], [], None
-    engines = [board.build(model, files.get(model["sha256"]), say) for model in models]
 
     def keep(kind, artifact, repeat, window):
         offset = round(time.time() - time.monotonic(), 3)  # a change tells that the wall clock was stepped
@@ -548,7 +548,7 @@ def bench(request, board, held, files, say):
     for repeat in range(request["repeats"]):
         for i, model in enumerate(models):
             say("%s, repeat %d of %d" % (model["name"], repeat + 1, request["repeats"]), limit_s)
-            keep("load", i, repeat, board.load_window(engines[i][0], model, limit_s))
+            keep("load", i, repeat, board.load_window(engines[i]["path"], model, limit_s))
     try:
         for repeat in range(request["repeats"]):
             for i, job in enumerate(jobs, len(models)):
@@ -561,13 +561,12 @@ def bench(request, board, held, files, say):
     time.sleep(max(0.2, 4 * period_ms / 1e3))  # samples on both sides of the last window
     seen, after = sampler.stop(), environment(board.root, board.guard)
     reason = board.reason if seen else "the sampler process died"
-    about = [{"kind": "engine", "precision": request["precision"], "batch": m["batch"], "engine": e[1]} for m, e in zip(models, engines)]
+    about = [{"kind": "engine", "precision": request["precision"], "batch": m["batch"], "engine": e} for m, e in zip(models, engines)]
     about += [{"kind": "traced", "precision": "fp32", "batch": job["input_shape"][0], "job": job} for job in jobs]
-    tensorrt = {"tensorrt": ".".join(map(str, board.version)) if board.version else None, "trtexec": board.trtexec}
     return {
         "schema": 1, "device": "jetson", "simulated": bool(board.simulated_by), "simulated_by": board.simulated_by,
         "settings": {name: value for name, value in request.items() if name not in ("models", "train", "protocol")},
-        "environment": dict(board.environment, telemetry_after=after["telemetry"], load_1min_after=after["load_1min"], **tensorrt),
+        "environment": dict(board.environment, telemetry_after=after["telemetry"], load_1min_after=after["load_1min"]),
         "artifacts": [dict(a, name=m["name"], sha256=m["sha256"]) for a, m in zip(about, models + jobs)],
         "windows": windows, "train_reason": train_reason, "telemetry": seen.get("telemetry", {"t_ns": [], "values": {}}),
         "power": {
@@ -587,7 +586,7 @@ def session(request, work):
     request = dict(DEFAULTS, **request)
     root = os.path.realpath(request["root"] or os.environ.get("PRUNECTL_AGENT_ROOT") or "/")
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prunectl", "agent")
-    mine, guard = os.path.join(cache, "session-%s-" % platform.node()), None
+    mine, guard = os.path.join(cache, "session-%s-" % os.uname().nodename), None
     with socket.socket(socket.AF_UNIX) as held:
         try:
             held.bind("\0prunectl-agent:" + root)
@@ -625,7 +624,7 @@ def receive(count, timeout_s=60.0):
 
 def serve(args):
     """One request over stdin, its files after it, the raw record back: PROTOCOL.md."""
-    emit("hello", protocol=PROTOCOL, python=platform.python_version())
+    emit("hello", protocol=PROTOCOL, python=sys.version.split()[0])
 
     def work(request, board, held):
         wanted, files = {job["sha256"]: job for job in request["train"]}, {}
@@ -638,15 +637,16 @@ def serve(args):
             if file_sha256(files[sha256]) != sha256:
                 raise Refused("cut", "%s arrived damaged: its checksum differs" % model["name"])
         board.guard.tell(0)  # the host sends no more: if stdin ends now, it is gone
-        return bench(request, board, held, files, lambda text, at_most_s: emit("phase", text=text, at_most_s=at_most_s))
+        return carry_out(request, board, held, files, lambda text, at_most_s: emit("phase", text=text, at_most_s=at_most_s))
 
     size = int(b"".join(receive(12)))
     emit("result", raw=session(json.loads(b"".join(receive(size)).decode("utf-8")), work))
 
 
 def by_hand(args):
-    """A bench of files on this board; the raw record goes to args.out, or to stdout."""
+    """A bench of files on this board, or their engines; the record goes to args.out, or to stdout."""
     request = {name: value for name, value in vars(args).items() if name in DEFAULTS}
+    request["build_only"] = args.verb == "build"
     paths = {file_sha256(path): path for path in args.onnx}
     request["models"] = [{"name": os.path.basename(path), "sha256": sha256, "batch": args.batch} for sha256, path in paths.items()]
 
@@ -654,7 +654,7 @@ def by_hand(args):
         files = {sha256: os.path.join(board.guard.folder, sha256[:20]) for sha256 in paths}  # plain names, whatever the user's are
         for sha256, path in paths.items():
             os.symlink(os.path.abspath(path), files[sha256])
-        return bench(request, board, held, files, lambda text, at_most_s: sys.stderr.write(text + "\n"))
+        return carry_out(request, board, held, files, lambda text, at_most_s: sys.stderr.write(text + "\n"))
 
     write(args.out, session(request, work))
 
@@ -664,15 +664,15 @@ def sample_until_eof(args):
     root = os.path.realpath(args.root or "/")
     source, rails, skipped, reason = discover(root)
     kept = [{name: rail[name] for name in ("name", "unit", "wrap")} for rail in rails]
-    about = {"source": source, "reason": reason, "rails": kept, "skipped": skipped, "environment": environment(root), "root": root}
+    about = {"source": source, "reason": reason, "rails": kept, "skipped": skipped, "environment": environment(root)}
     print(json.dumps(about), flush=True)
     print(json.dumps(sample(rails, telemetry_files(root), args.period_ms, 0.0, 0)), flush=True)
 
 
 def main(argv):
-    usage = "agent.py bench|sample|serve [options] [FILE.onnx ...]; without a file: what this board has, and its idle power"
+    usage = "agent.py bench|build|sample|serve [options] [FILE.onnx ...]; without a file: what this board has, and its idle power"
     parser = argparse.ArgumentParser(prog="agent.py", usage=usage, description="Latency and power of ONNX models on this board, raw.")
-    parser.add_argument("verb", choices=["bench", "sample", "serve"])
+    parser.add_argument("verb", choices=["bench", "build", "sample", "serve"])
     parser.add_argument("-o", "--out", help="file for the JSON; default: stdout")
     parser.add_argument("--root", help="look for sensors and tools under this folder; default: /")
     parser.add_argument("--trtexec", help="path of trtexec, if it is not where JetPack puts it")
@@ -683,7 +683,7 @@ def main(argv):
         parser.add_argument("--" + option.replace("_", "-"), type=type(DEFAULTS[option]), default=DEFAULTS[option])
     args, args.onnx = parser.parse_known_args(argv)  # Python 3.6 cannot mix options and files otherwise
     try:
-        {"bench": by_hand, "sample": sample_until_eof, "serve": serve}[args.verb](args)
+        {"bench": by_hand, "build": by_hand, "sample": sample_until_eof, "serve": serve}[args.verb](args)
         return 0
     except KeyboardInterrupt:
         sys.stderr.write("agent.py: interrupted, nothing was left behind\n")

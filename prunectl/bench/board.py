@@ -17,11 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prunectl.bench import ssh
-from prunectl.bench.records import Job, RawBench, Settings
+from prunectl.bench.records import Job, OnnxModel, RawBench, Settings
 from prunectl.errors import DeviceUnavailable, UsageError
 
 PROTOCOL = 1
@@ -55,18 +56,42 @@ def agent_path() -> Path:
     raise DeviceUnavailable("deploy/agent.py is missing from this installation of prunectl: install it again.")
 
 
-def measure_over_ssh(host: str, job: Job, settings: Settings, *, say: Say) -> RawBench:
-    """The job, measured by the agent on `host`. Raises DeviceUnavailable, UsageError (host name)."""
-    text = agent_path().read_bytes()
-    command = [*settings.python, "-c", BOOTSTRAP, str(len(text))]
-    return _converse(ssh.argv(host, command), host, text, job, settings, say)
+@dataclass(frozen=True)
+class BuiltEngine:
+    """An engine that lies on the board, in the agent's cache. path: there. cached: it had been built before, with these settings.
+
+    command: the trtexec call that built it. simulated_by: why this is no real engine, if it is not."""
+
+    name: str
+    onnx_sha256: str
+    path: str
+    sha256: str
+    bytes: int
+    tensorrt: str
+    board: str | None
+    build_s: float
+    cached: bool
+    command: tuple[str, ...]
+    simulated_by: tuple[str, ...]
+
+    @property
+    def simulated(self) -> bool:
+        return bool(self.simulated_by)
 
 
-def measure_here(job: Job, settings: Settings, *, say: Say) -> RawBench:
-    """The job, measured by the agent on this machine, a Jetson. Raises DeviceUnavailable."""
-    text = agent_path().read_bytes()
-    python = [sys.executable] if settings.python == Settings.python else list(settings.python)
-    return _converse([*python, "-c", BOOTSTRAP, str(len(text))], None, text, job, settings, say)
+def measure(job: Job, settings: Settings, *, host: str | None, say: Say) -> RawBench:
+    """The job, measured by the agent on `host`, or on this machine. Raises DeviceUnavailable, UsageError (host name)."""
+    raw = _converse(host, job, settings, say, build_only=False)
+    return RawBench.from_dict(raw, source=f"the agent's answer from {host or 'this machine'}")
+
+
+def build_engines(models: Sequence[OnnxModel], settings: Settings, *, host: str | None, say: Say) -> tuple[BuiltEngine, ...]:
+    """One engine of each model, built by the agent on `host`, or on this machine; nothing is run. Raises as `measure` does."""
+    raw = _converse(host, Job(models=tuple(models)), settings, say, build_only=True)
+    about = raw["environment"]
+    shared = {"tensorrt": about["tensorrt"], "board": about["board"], "simulated_by": tuple(raw["simulated_by"])}
+    own = ("name", "onnx_sha256", "path", "sha256", "bytes", "build_s", "cached")
+    return tuple(BuiltEngine(**{k: e[k] for k in own}, command=tuple(e["command"]), **shared) for e in raw["engines"])
 
 
 def request_of(job: Job, settings: Settings) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -94,8 +119,14 @@ def _keep(files: dict[str, bytes], data: bytes) -> dict[str, Any]:
     return {"sha256": sha256, "bytes": len(data)}
 
 
-def _converse(argv: Sequence[str], host: str | None, text: bytes, job: Job, settings: Settings, say: Say) -> RawBench:
+def _converse(host: str | None, job: Job, settings: Settings, say: Say, *, build_only: bool) -> Mapping[str, Any]:
+    """The record that the agent's answer carries."""
+    text = agent_path().read_bytes()
+    python = [sys.executable] if host is None and settings.python == Settings.python else list(settings.python)
+    command = [*python, "-c", BOOTSTRAP, str(len(text))]
+    argv = ssh.argv(host, command) if host is not None else command
     request, files = request_of(job, settings)
+    request["build_only"] = build_only
     body = json.dumps(request).encode()
     with _Agent(argv, host, settings.slack_s) as agent:
         agent.send(text)
@@ -112,7 +143,8 @@ def _converse(argv: Sequence[str], host: str | None, text: bytes, job: Job, sett
         while True:
             event = agent.event(None, at_most_s)
             if event["event"] == "result":
-                return RawBench.from_dict(event["raw"], source=f"the agent's answer from {agent.where}")
+                record: Mapping[str, Any] = event["raw"]
+                return record
             if event["event"] == "phase":
                 say(event["text"])
                 at_most_s = event["at_most_s"]

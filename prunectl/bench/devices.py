@@ -97,12 +97,7 @@ def cuda_gpu(job: Job, settings: Settings, *, target: str | None = None, say: Sa
 @devices.register
 def jetson(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
     """a Jetson board: this machine if it is one, else --host USER@HOST or $PRUNECTL_JETSON over ssh"""
-    host = target or os.environ.get("PRUNECTL_JETSON")
-    if target is None and is_jetson():
-        return board.measure_here(job, settings, say=say)
-    if host is None:
-        raise DeviceUnavailable("--device jetson: this machine is no Jetson; name one with --host USER@HOST or in $PRUNECTL_JETSON.")
-    return board.measure_over_ssh(host, job, settings, say=say)
+    return board.measure(job, settings, host=jetson_host(target), say=say)
 
 
 @devices.register
@@ -113,8 +108,15 @@ def replay(job: Job, settings: Settings, *, target: str | None = None, say: Say)
     return RawBench.read(Path(target))
 
 
-def is_jetson() -> bool:
-    return Path("/etc/nv_tegra_release").exists()
+def jetson_host(named: str | None) -> str | None:
+    """The board to ask over ssh: the one that was named, none if this machine is a Jetson, $PRUNECTL_JETSON. Raises DeviceUnavailable."""
+    if named is not None:
+        return named
+    if Path("/etc/nv_tegra_release").exists():
+        return None
+    if host := os.environ.get("PRUNECTL_JETSON"):
+        return host
+    raise DeviceUnavailable("--device jetson: this machine is no Jetson; name one with --host USER@HOST or in $PRUNECTL_JETSON.")
 
 
 def _environment(sampler: HostSampler) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import standin_board
 import torch
 from small_models import onnx_model, train_model
 
-from prunectl.bench.board import agent_path, measure_here
+from prunectl.bench.board import agent_path, measure
 from prunectl.bench.devices import devices, parse
 from prunectl.bench.records import Job, OnnxModel, RawBench, Settings
 from prunectl.bench.report import report
@@ -230,7 +230,7 @@ def test_real_inference_on_the_board(board, pair, monkeypatch):
     for name, value in board.env.items():
         monkeypatch.setenv(name, value)
     settings = Settings(warmup_s=0.1, duration_s=0.3, iterations=5, repeats=1, idle_s=0.1, refresh_probe_s=0.1)
-    raw = measure_here(Job(pair), settings, say=quiet)
+    raw = measure(Job(pair), settings, host=None, say=quiet)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     dense, pruned = (float(r.latency_ms["p50"]) for r in report(raw).reports)
@@ -248,7 +248,7 @@ def test_real_inference_on_the_board(board, pair, monkeypatch):
 def test_a_model_in_two_files_is_refused_for_a_board(pair):
     pair[0].path.with_name(pair[0].path.name + ".data").write_bytes(b"weights")
     with pytest.raises(UsageError, match="export it as one file"):
-        measure_here(Job(pair), Settings(), say=quiet)
+        measure(Job(pair), Settings(), host=None, say=quiet)
 
 
 def test_training_on_the_board(board, monkeypatch):
@@ -259,7 +259,7 @@ def test_training_on_the_board(board, monkeypatch):
     settings = Settings(repeats=1, idle_s=0.2, refresh_probe_s=0.1, train_python=python)
     wave = standin_board.Waveform(6000, ((500, 1.1, 0.0),))
     with board.powered({"VDD_IN": wave}):
-        raw = measure_here(Job(train=(train_model("dense", 16),)), settings, say=quiet)
+        raw = measure(Job(train=(train_model("dense", 16),)), settings, host=None, say=quiet)
     result = report(raw)
     assert raw.train_reason is None and result.reports[0].train.steps == 10
     window = raw.windows[-1]
@@ -275,7 +275,7 @@ def test_training_without_torch_keeps_the_rest(board, pair, monkeypatch):
     settings = Settings(
         warmup_s=0, duration_s=0.2, iterations=5, repeats=1, idle_s=0.1, refresh_probe_s=0.1, python=(standin_board.board_python(),)
     )
-    raw = measure_here(Job(pair[:1], (train_model("dense", 8),)), settings, say=quiet)
+    raw = measure(Job(pair[:1], (train_model("dense", 8),)), settings, host=None, say=quiet)
     result = report(raw)
     assert result.reports[0].latency_ms["p50"] > 0
     if "No module named 'torch'" in (raw.train_reason or ""):
@@ -289,7 +289,7 @@ def test_a_sensor_that_stops_during_the_bench_is_a_reason(board, pair, monkeypat
         monkeypatch.setenv(name, value)
     settings = Settings(warmup_s=0, duration_s=1.5, iterations=5, repeats=1, idle_s=0.3, refresh_probe_s=0.3)
     with board.powered({"VDD_IN": standin_board.Waveform.random(8)}) as sensor:
-        raw = measure_here(Job(pair[:1]), settings, say=lambda text: sensor.kill() if "repeat 1" in text else None)
+        raw = measure(Job(pair[:1]), settings, host=None, say=lambda text: sensor.kill() if "repeat 1" in text else None)
     found = report(raw).reports[0]
     assert found.energy.mj_per_inference is None and "it does not update" in found.energy.reason
     assert found.latency_ms["p50"] > 0

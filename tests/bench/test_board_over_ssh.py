@@ -1,5 +1,6 @@
 """The whole way: host, ssh, sshd, agent under the board's Python, trtexec's words, and back."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import standin_board
 from standin_board import Waveform
 
+from prunectl import files
 from prunectl.bench import board as host_side
 from prunectl.bench import ssh
 from prunectl.bench.devices import devices
@@ -80,9 +82,28 @@ def here(board, monkeypatch) -> None:
 
 def test_this_machine_as_the_board(board, short, dense, monkeypatch):
     here(board, monkeypatch)
-    raw = host_side.measure_here(Job((dense,)), short(), say=quiet)
+    raw = host_side.measure(Job((dense,)), short(), host=None, say=quiet)
     assert report(raw).reports[0].latency_ms["p50"] == pytest.approx(4.0, rel=0.01)
     monkeypatch.undo()
+    assert board.leftovers() == []
+
+
+def test_an_engine_built_on_the_board_and_not_run(board, sshd, short, tmp_path, dense, monkeypatch):
+    board.set_trtexec(version=8201, build_s=0.2)
+    other = model(tmp_path, 'an "other"\n.onnx', 3000)
+    with sshd(board) as server:
+        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
+        first, second = host_side.build_engines((dense, other), short(precision="fp32"), host="board", say=quiet)
+        said = []
+        (again,) = host_side.build_engines((dense,), short(precision="fp32"), host="board", say=said.append)
+    assert (first.name, second.name, first.onnx_sha256) == ("dense.onnx", other.name, dense.sha256)
+    engine = Path(first.path)  # the board's file system is ours here
+    assert board.cache in engine.parents and engine.stat().st_size == first.bytes and files.sha256(engine) == first.sha256
+    assert engine.read_bytes() == b"ptrt" + dense.path.read_bytes()
+    assert first.tensorrt == "8.2.1" and first.board == "quill" and first.simulated and "trtexec is a script" in first.simulated_by
+    assert 0.2 <= first.build_s < 20 and not first.cached
+    assert again == dataclasses.replace(first, cached=True) and not any("sending" in text for text in said)
+    assert "--fp16" not in first.command
     assert board.leftovers() == []
 
 
@@ -173,7 +194,7 @@ def test_trtexec_fails(board, short, dense, monkeypatch, mode, settings, words):
     here(board, monkeypatch)
     begin = time.monotonic()
     with pytest.raises(DeviceUnavailable) as caught:
-        host_side.measure_here(Job((dense,)), short(**settings), say=quiet)
+        host_side.measure(Job((dense,)), short(**settings), host=None, say=quiet)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert time.monotonic() - begin < 30
     monkeypatch.undo()
@@ -259,10 +280,10 @@ def test_agent_killed_in_the_window(board, sshd, short, dense, monkeypatch):
 def test_ctrl_c_on_the_host(board, sshd, short, dense):
     """A bench of its own process, interrupted as a terminal would."""
     code = (
-        "import sys, pathlib\nfrom prunectl.bench.board import measure_over_ssh\nfrom prunectl.bench.records import *\n"
+        "import sys, pathlib\nfrom prunectl.bench.board import measure\nfrom prunectl.bench.records import *\n"
         f"job = Job((OnnxModel(pathlib.Path({str(dense.path)!r}), 'dense'),))\n"
         f"settings = Settings(warmup_s=0.1, duration_s=30, idle_s=0.1, refresh_probe_s=0.1, python=({standin_board.board_python()!r},))\n"
-        "measure_over_ssh('board', job, settings, say=lambda text: print(text, flush=True))\n"
+        "measure(job, settings, host='board', say=lambda text: print(text, flush=True))\n"
     )
     with sshd(board) as server:
         env = {**os.environ, "PRUNECTL_SSH": server.ssh}

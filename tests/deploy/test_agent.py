@@ -318,6 +318,17 @@ def test_an_engine_is_built_once(board, dense):
     assert not bench(board, dense)["artifacts"][0]["engine"]["cached"]
 
 
+def test_build_alone(board, dense, tmp_path):
+    """No window, no sensor; the next bench finds the engine."""
+    process = call(board, "build", dense, "-o", tmp_path / "built.json")
+    assert process.communicate(timeout=60)[0] == "" and process.returncode == 0
+    (engine,) = json.loads((tmp_path / "built.json").read_text())["engines"]
+    assert Path(engine["path"]).stat().st_size == engine["bytes"] and not engine["cached"]
+    found = bench(board, dense)["artifacts"][0]["engine"]
+    assert found["cached"] and found["path"] == engine["path"]
+    assert board.leftovers() == []
+
+
 def test_output_file_is_whole_or_not_there(board, dense, tmp_path):
     out = tmp_path / "raw.json"
     process = call(board, "bench", dense, *HASTE, "-o", out)
