@@ -272,13 +272,13 @@ def sfw_prune(
 def export(
     path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = Path("runs/latest"),
     profile: Annotated[
-        str | None, typer.Option("--profile", help="cpu, gpu, orin, tx2 or rtx (default cpu; with --trt what is here)")
+        str | None, typer.Option("--profile", help="cpu, gpu, orin, tx2 or rtx (default cpu; with --trt what fits the builder)")
     ] = None,
     trt: Annotated[bool, typer.Option("--trt", help="build a TensorRT engine too")] = False,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8")] = "fp32",
-    sparsity: Annotated[str | None, typer.Option("--sparsity", help="prune once before: a share such as 0.9, or 2:4")] = None,
-    host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board that builds the engine")] = None,
-    batch: Annotated[int, typer.Option("--batch", help="images a call")] = 1,
+    sparsity: Annotated[str | None, typer.Option("--sparsity", help="prune once first: a share of the weights such as 0.9, or 2:4")] = None,
+    host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board that builds the engine; implies --trt")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="images a call (default 1)")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images a call")] = False,
     uint8_input: Annotated[bool, typer.Option("--uint8-input", help="normalisation inside the graph: feed pixels")] = False,
     lint_only: Annotated[Path | None, typer.Option("--lint-only", metavar="FILE.onnx", help="check any ONNX file and stop")] = None,
@@ -300,12 +300,14 @@ def export(
         result = workflow.lint_only(lint_only, profile, ui)
         ui.document(result)
         return workflow.require_clean(result)
+    if dynamic_batch and batch is not None:
+        raise UsageError("--dynamic-batch takes any number of images a call, --batch N exactly N: give one of them")
     request = workflow.Request(
         path=path,
         profile=profile,
         trt=trt,
         precision=precision,
-        batch=None if dynamic_batch else batch,
+        batch=None if dynamic_batch else 1 if batch is None else batch,
         uint8_input=uint8_input,
         host=host,
         sparsity=sparsity,

@@ -6,7 +6,7 @@ TensorRT 11 on the precision lives in the graph alone. A profile is data; no cod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,8 @@ class Profile:
     opset: what we write; max_opset, max_ir: the newest that the target reads. fp16: whether FP16 is a cast in the
     graph or a flag of the engine build. sparsity: patterns of zeros that the target skips. round_to: channels are kept
     in multiples of it. tensorrt: the oldest TensorRT served, None for ONNX Runtime. operators: the file in data/ that
-    lists its importers. types: the tensor types it reads, None for all. refused: precision -> why it is not offered."""
+    lists its importers. types: the tensor types it reads, None for all. ahead_of_time: its engines are compiled without
+    its GPU. refused: precision -> why it is not offered."""
 
     name: str
     opset: int
@@ -42,6 +43,7 @@ class Profile:
     tensorrt: tuple[int, int] | None = None
     operators: str | None = None
     types: frozenset[str] | None = None
+    ahead_of_time: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -103,7 +105,7 @@ def gpu() -> Profile:
 @profiles.register
 def rtx() -> Profile:
     """TensorRT for RTX, compiled ahead of time without a GPU: opset 18; FP16 and INT8 live in the graph; 2:4 sparsity."""
-    return _tensorrt10("rtx")
+    return replace(_tensorrt10("rtx"), ahead_of_time=True)
 
 
 @profiles.register

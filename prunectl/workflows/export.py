@@ -5,6 +5,8 @@ it, then measure the written FILE on the test split. Whatever fails leaves no fi
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from prunectl import data
 from prunectl.console import Console
 from prunectl.data import Dataset
-from prunectl.errors import DataMissing, DeviceUnavailable, UsageError, VerificationFailed
-from prunectl.export import bundle, graph, lint, onnx, quantize, sparsity, tensorrt, verify
+from prunectl.errors import DataMissing, UsageError, VerificationFailed
+from prunectl.export import graph, lint, onnx, quantize, sparsity, verify
 from prunectl.export.artifact import Artifact, InputSpec, Provenance, record_path, write_record
 from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
@@ -25,8 +27,8 @@ from prunectl.export.session import load_onnx_session
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.recipe import Recipe, Sfw, read_back
 from prunectl.rundir import RunDir
-from prunectl.shipped import shipped
 from prunectl.training import compactmodel
+from prunectl.workflows import engine
 from prunectl.workflows.session import versions
 from prunectl.workflows.sweep import calibration_images, pruned, pruned_nm
 
@@ -34,11 +36,13 @@ COMPARED = 256  # real images that torch and the graph both answer
 CALIBRATION = 512  # training images that set INT8's ranges
 BATCH = 250
 INT8_SLACK = 1.0  # points of accuracy below which a per-layer report is due
+RUN_SLACK = 2.0  # points: a run may have been measured in bfloat16, which decides close calls otherwise; no file is further off
+FINAL = {"train": "top1", "find-ticket": "final", "sfw-prune": "dense"}  # what a verb calls the accuracy of the network it leaves
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to export and how. batch None: a free batch. pattern: "2:4" once a network was pruned to it."""
+    """What to export and how. batch None: a free batch. sparsity: a share, or N:M, to which the network is pruned once, now."""
 
     path: Path
     profile: str | None = None
@@ -56,49 +60,51 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     """Writes, proves and measures; the result says what exists and what could not be built here.
 
     outcome: `exported`, or `bundled` when an engine was asked for and nothing here can build one (exit 5)."""
-    request = replace(request, profile=request.profile or _default_profile(request))
-    profile = load_profile(str(request.profile))
-    profile.check_precision(request.precision)
-    folder = compactmodel.locate(request.path)
-    saved = compactmodel.read(folder)
-    module, pattern = _network(saved, request)
-    spec = InputSpec.from_data(saved.plan["data"])
+    started = time.perf_counter()
+    saved = compactmodel.read(compactmodel.locate(request.path))
+    profile, place = _target(request)
+    request = replace(request, profile=profile.name)
+    pattern = _checked(request, profile)
     target = target_of(request)
-    images = _images(saved.plan, request, ui)
+    images = _images(saved, request, ui)
+    module = _network(saved, request, pattern)
+    ui.say(f"writing {target.name}: opset {profile.opset}, for {profile.reader}")
+    spec = InputSpec.from_data(saved.plan["data"])
     fp32 = onnx.build(module, spec, profile, batch=request.batch)
     verify.require_cost(verify.recount(module, fp32, spec))
     spec = spec.of_pixels() if request.uint8_input else spec
-    model = onnx.lowered(fp32, spec, profile, request.precision, _calibration(images, request))
+    model = onnx.lowered(fp32, spec, profile, request.precision, _calibration(images, request, ui))
     measured = _proof(module, model, spec, images, profile.graph_precision(request.precision), profile, ui)
     zeros = sparsity.measure(model, n=pattern[0], m=pattern[1]) if pattern else sparsity.measure(model)
     if pattern:
-        profile.check_sparsity(f"{pattern[0]}:{pattern[1]}")
         sparsity.require_pattern(zeros)
     pruning = {"steps": len(saved.plan["steps"]), "params": saved.plan["params"]}
     provenance = Provenance(saved.plan["parent"], pruning, saved.plan["weights_sha256"])
     record = onnx.save(model, target, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
-    record = _measured_file(target, record, images, ui)
-    if request.precision == "int8":
-        _report_int8(fp32, model, record, images, saved, ui)
-    artifacts = [_entry(target, record)]
-    findings = [asdict(f) for f in lint.lint(target, profile)]
-    outcome, note = "exported", None
-    if request.trt or profile.name == "rtx":
-        entry, note = _engine(request, target, record, profile, pattern is not None)
-        artifacts.append(entry)
-        outcome = "bundled" if entry["kind"] == "bundle" else "exported"
+    if images is not None:
+        record = _measured_file(target, record, images, ui)
+        _require_accuracy_of_run(target, record, saved, request)
+        if request.precision == "int8":
+            _report_int8(fp32, model, record, images, saved, ui)
+    artifacts, note = [_entry(target, record)], None
+    if place is not None:
+        built, note = engine.build(place, target, record, profile, sparse=pattern is not None, ui=ui)
+        artifacts.append({**artifacts[0], **built})
+    recipe = _recipe_of(saved.path)
     return {
         "schema": 1,
         "verb": "export",
-        "run": str(request.path),
-        "outcome": outcome,
+        "run": str(_run_of(saved.path)),
+        "outcome": "bundled" if isinstance(place, engine.Nowhere) else "exported",
         "model": saved.plan["model"]["name"],
         "dataset": saved.plan["data"]["name"],
+        "seed": recipe.seed if recipe else None,
         "profile": profile.name,
         "artifacts": artifacts,
-        "lint": findings,
+        "lint": [asdict(f) for f in lint.lint(target, profile)],
         "zeros": zeros.statement if request.sparsity else None,
         "note": note,
+        "wall_s": time.perf_counter() - started,
         "versions": versions(),
         "warnings": list(ui.warnings),
     }
@@ -124,31 +130,43 @@ def target_of(request: Request) -> Path:
     return parent / f"{_stem(folder, request)}-{request.profile}-{request.precision}.onnx"
 
 
-def _default_profile(request: Request) -> str:
-    if not request.trt:
-        return "cpu"
-    try:
-        tensorrt.local_compiler()
-    except DeviceUnavailable:
-        return "tx2"
-    return "gpu"
+def _target(request: Request) -> tuple[Profile, engine.Place | None]:
+    """The profile that was named or fits what is there, and where its engine is built; None where none was asked for."""
+    profile = load_profile(request.profile) if request.profile else None
+    if not (request.trt or request.host or (profile and profile.ahead_of_time)):
+        return profile or load_profile("cpu"), None
+    place = engine.place(profile, request.host)
+    return profile or load_profile(engine.default_profile(place)), place
 
 
-def _network(saved: compactmodel.CompactModel, request: Request) -> tuple[nn.Module, tuple[int, int] | None]:
+def _checked(request: Request, profile: Profile) -> tuple[int, int] | None:
+    """N:M if the request names a pattern. Raises UsageError for what the profile does not take, before any work is done."""
+    profile.check_precision(request.precision)
+    if request.uint8_input and profile.types is not None and "UINT8" not in profile.types:
+        raise UsageError(f"--uint8-input with profile {profile.name}: {profile.reader} has no UINT8 tensors; normalise on the host")
+    if request.sparsity is None or ":" not in request.sparsity:
+        return None
+    n, _, m = request.sparsity.partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise UsageError(f"--sparsity {request.sparsity}: expected N:M with N below M, e.g. 2:4, or a share such as 0.9")
+    profile.check_sparsity(f"{int(n)}:{int(m)}")
+    return int(n), int(m)
+
+
+def _network(saved: compactmodel.CompactModel, request: Request, pattern: tuple[int, int] | None) -> nn.Module:
+    """The saved network, pruned once if that was asked for."""
+    if pattern is not None:
+        n, m = pattern
+        return _swept(saved, request, lambda network, _: pruned_nm(network, n, m))
     if request.sparsity is None:
-        return saved.module(), None
-    if ":" in request.sparsity:
-        n, _, m = request.sparsity.partition(":")
-        if not (n.isdigit() and m.isdigit() and 0 < int(n) < int(m)):
-            raise UsageError(f"--sparsity {request.sparsity}: expected N:M with N below M, e.g. 2:4, or a share such as 0.9")
-        return _swept(saved, request, lambda network, _: pruned_nm(network, int(n), int(m))), (int(n), int(m))
+        return saved.module()
     try:
         share = float(request.sparsity)
     except ValueError:
         share = -1.0
     if not 0 < share < 1:
         raise UsageError(f"--sparsity {request.sparsity}: expected a share between 0 and 1, e.g. 0.9, or a pattern such as 2:4")
-    return _swept(saved, request, lambda network, settings: pruned(network, share, settings)), None
+    return _swept(saved, request, lambda network, settings: pruned(network, share, settings))
 
 
 def _swept(saved: compactmodel.CompactModel, request: Request, prune: Callable[[nn.Module, Sfw], nn.Module]) -> nn.Module:
@@ -160,7 +178,7 @@ def _swept(saved: compactmodel.CompactModel, request: Request, prune: Callable[[
     module = prune(saved.module(), settings)
     if settings.bn_recal:
         part = {"val_fraction": recipe.data.val_fraction, "train_images": recipe.data.train_images} if recipe else {}
-        recalibrate_(module, calibration_images(_dataset(saved.plan, request, **part), settings.bn_recal))
+        recalibrate_(module, calibration_images(_dataset(saved, request, **part), settings.bn_recal))
     return module
 
 
@@ -183,10 +201,10 @@ def _stem(folder: Path, request: Request) -> str:
     return "-".join(parts)
 
 
-def _images(plan: dict[str, Any], request: Request, ui: Console) -> Dataset | None:
+def _images(saved: compactmodel.CompactModel, request: Request, ui: Console) -> Dataset | None:
     """The network's own data set, seen as the network saw it; None, with a warning, where it is not at hand."""
     try:
-        return _dataset(plan, request)
+        return _dataset(saved, request)
     except DataMissing as e:
         if request.precision == "int8":
             raise
@@ -194,16 +212,17 @@ def _images(plan: dict[str, Any], request: Request, ui: Console) -> Dataset | No
         return None
 
 
-def _dataset(plan: dict[str, Any], request: Request, **part: Any) -> Dataset:
+def _dataset(saved: compactmodel.CompactModel, request: Request, **part: Any) -> Dataset:
     """part: `val_fraction` and `train_images`, where not all the training images were trained on."""
-    info, recipe = plan["data"], _recipe_of(compactmodel.locate(request.path))
+    info, recipe = saved.plan["data"], _recipe_of(saved.path)
     folder = request.data_dir or (recipe.data.dir if recipe else None)
     fit = info["fit"] if info["fit"] in ("pad", "resize") else "pad"
     return data.load(info["name"], data_dir=folder, image_size=info["image_size"], fit=fit, **part)
 
 
-def _calibration(images: Dataset | None, request: Request) -> Iterator[Tensor]:
+def _calibration(images: Dataset | None, request: Request, ui: Console) -> Iterator[Tensor]:
     if request.precision == "int8" and images is not None:
+        ui.say(f"calibrating INT8 on {CALIBRATION} training images")
         pixels, _ = images.sample(CALIBRATION, seed=0, split="train")
         step = request.batch or BATCH
         yield from (chunk for chunk in pixels.split(step) if len(chunk) == step)
@@ -229,27 +248,47 @@ def _proof(
     return {"max_abs_diff": max(real.max_abs, random.max_abs), "top1_agreement": real.top1_agreement}
 
 
-def _measured_file(path: Path, record: Artifact, images: Dataset | None, ui: Console) -> Artifact:
+def _measured_file(path: Path, record: Artifact, images: Dataset, ui: Console) -> Artifact:
     """The record with the accuracy of the file as it was written, on the test split."""
-    if images is None:
-        return record
-    session = load_onnx_session(path)
-    found = verify.accuracy(session, ((x.numpy(), y.numpy()) for x, y in images.eval_batches("test", batch_size=BATCH)))
+    found = verify.accuracy(load_onnx_session(path), _test_split(images, f"accuracy of {path.name}", ui))
     ui.say(f"{path.name}: {found.top1:.2f} % of {found.n} test images, {record.bytes:,} bytes")
     record = replace(record, accuracy=found.top1)
     write_record(path, record)
     return record
 
 
+def _test_split(images: Dataset, label: str, ui: Console) -> Iterator[tuple[Tensor, Tensor]]:
+    return ui.track(images.eval_batches("test", batch_size=BATCH), total=math.ceil(images.info.n_test / BATCH), label=label)
+
+
+def _require_accuracy_of_run(path: Path, record: Artifact, saved: compactmodel.CompactModel, request: Request) -> None:
+    """Where its run measured this very network on these images, the file must be as accurate; it is removed if it is not.
+
+    Raises VerificationFailed."""
+    run = RunDir(_run_of(saved.path))
+    if request.sparsity or request.precision == "int8" or not run.finished or compactmodel.locate(run.path) != saved.path.resolve():
+        return
+    result = run.read_result()
+    accuracy = result.get("accuracy", {})
+    expected = accuracy.get(FINAL.get(result.get("verb", ""), ""))
+    if expected is None or record.accuracy is None or accuracy.get("split", "test") != "test":
+        return
+    if abs(record.accuracy - expected) > RUN_SLACK:
+        path.unlink()
+        record_path(path).unlink()
+        raise VerificationFailed(
+            f"{path.name} has {record.accuracy:.2f} % on the test images where its run had {expected:.2f} %: "
+            "are they the same images? Name their folder with --data-dir"
+        )
+
+
 def _report_int8(
-    fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset | None, saved: compactmodel.CompactModel, ui: Console
+    fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset, saved: compactmodel.CompactModel, ui: Console
 ) -> None:
     """Where INT8 lost more than a point against FP32 on the test split, the layers that lost most."""
-    if images is None or record.accuracy is None:
-        return
+    assert record.accuracy is not None
     spec = InputSpec.from_data(saved.plan["data"])
-    batches = ((x.numpy(), y.numpy()) for x, y in images.eval_batches("test", batch_size=BATCH))
-    full = verify.accuracy(verify.classifier(fp32, spec), batches).top1
+    full = verify.accuracy(verify.classifier(fp32, spec), _test_split(images, "accuracy in FP32", ui)).top1
     if full - record.accuracy <= INT8_SLACK:
         return
     size = graph.static_batch(fp32) or 8
@@ -257,24 +296,6 @@ def _report_int8(
     worst = sorted(quantize.layer_errors(fp32, model, pixels.numpy()), key=lambda e: e.signal_to_noise_db)[:5]
     layers = ", ".join(f"{e.layer} ({e.signal_to_noise_db:.0f} dB)" for e in worst)
     ui.warn(f"INT8 has {record.accuracy:.2f} % where FP32 has {full:.2f} %; the layers with the lowest signal-to-noise ratio: {layers}")
-
-
-def _engine(request: Request, model: Path, record: Artifact, profile: Profile, sparse: bool) -> tuple[dict[str, Any], str | None]:
-    """An engine built ahead of time, here or on the board; where nothing can build it, a bundle and the reason."""
-    if request.host:
-        raise UsageError("--host builds through the board's agent; run: prunectl bench --device jetson --host " + request.host)
-    try:
-        compiler = tensorrt.rtx_compiler() if profile.name == "rtx" else tensorrt.local_compiler()
-    except DeviceUnavailable as e:
-        packed = bundle.write(model.with_suffix(".bundle"), model, shipped("deploy") / "agent.py")
-        note = f"no engine: {e}; wrote the bundle {packed.path}: copy it to the board and run {packed.command}"
-        return {**_entry(model, record), "path": str(packed.path), "kind": "bundle", "bytes": packed.bytes}, note
-    built = tensorrt.build(
-        model, compiler, model.parent, profile=profile, precision=record.precision, sparse=sparse, batch=record.batch or 8
-    )
-    entry = {**_entry(model, record), "path": str(built.path), "kind": "engine", "sha256": built.sha256, "bytes": built.bytes}
-    entry.update(compiler=f"{compiler.backend} {compiler.version}", gpus=list(compiler.gpus), build_s=built.build_s, cached=built.cached)
-    return {**entry, "max_abs_diff": None, "accuracy": None, "reason": "running an engine needs its GPU"}, None
 
 
 def _entry(path: Path, record: Artifact) -> dict[str, Any]:
@@ -304,8 +325,11 @@ def show(result: dict[str, Any], ui: Console) -> None:
     ui.table(f"{result['model']} for {result['profile']}", ["file", "kind", "precision", "bytes", "test accuracy, %"], rows)
     if result["artifacts"]:
         ui.say(f"in {Path(result['artifacts'][0]['path']).parent}")
-    if result["note"]:
-        ui.say(result["note"])
+    for entry in result["artifacts"][1:]:
+        if entry.get("host"):
+            ui.say(f"on {entry['host']}: {entry['path']}")
+    for text in filter(None, (result["zeros"], result["note"])):
+        ui.say(text)
 
 
 def require_clean(result: dict[str, Any]) -> None:
