@@ -299,7 +299,7 @@ def export(
     if lint_only is not None:
         result = workflow.lint_only(lint_only, profile, ui)
         ui.document(result)
-        return workflow.require_clean(result)
+        raise typer.Exit(ExitStatus.VERIFICATION if result["outcome"] == "refused" else ExitStatus.OK)
     if dynamic_batch and batch is not None:
         raise UsageError("--dynamic-batch takes any number of images a call, --batch N exactly N: give one of them")
     request = workflow.Request(

@@ -44,10 +44,7 @@ def build(module: nn.Module, spec: InputSpec, profile: Profile, *, batch: int | 
 
     batch: images a call, None for a free number. The module is left as it was. Raises UsageError if the profile takes
     no free batch or the exporter cannot write the network, VerificationFailed if what it wrote is not what was asked."""
-    if batch is None and not profile.dynamic_batch:
-        raise UsageError(f"a dynamic batch with profile {profile.name}: it takes static shapes only; use --batch N")
-    if batch is not None and batch < 1:
-        raise UsageError(f"batch {batch}: must be at least 1")
+    profile.check_batch(batch)
     twin = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
     if (size := sum(4 * p.numel() for p in twin.parameters())) > LARGEST:
         raise UsageError(f"the network has {size / 2**30:.1f} GiB of weights; an ONNX file in one piece holds less than 2 GiB")

@@ -71,6 +71,13 @@ class Profile:
             why = self.refused.get(precision, "it is not one of its precisions")
             raise UsageError(f"precision {precision} with profile {self.name}: {why}; use {' or '.join(self.precisions)}")
 
+    def check_batch(self, batch: int | None) -> None:
+        """Raises UsageError if the target takes no free batch (None), or if there is no such number of images."""
+        if batch is None and not self.dynamic_batch:
+            raise UsageError(f"a dynamic batch with profile {self.name}: it takes static shapes only; use --batch N")
+        if batch is not None and batch < 1:
+            raise UsageError(f"batch {batch}: must be at least 1")
+
     def check_sparsity(self, pattern: str) -> None:
         """Raises UsageError if zeros in `pattern` (such as `2:4`) save the target no work."""
         if pattern not in self.sparsity:

@@ -114,7 +114,7 @@ def _on_board(board: Board, model: Path, record: Artifact, profile: Profile, spa
         ui.warn(f"the engine on {board.name} is SIMULATED: {', '.join(made.simulated_by)}")
     facts = {"path": made.path, "sha256": made.sha256, "bytes": made.bytes, "build_s": made.build_s, "cached": made.cached}
     place = {"host": board.name, "compiler": f"trtexec {made.tensorrt}", "gpus": [made.board]}
-    return {**facts, **place, "simulated_by": list(made.simulated_by)}
+    return {**facts, **place, "command": list(made.command), "simulated_by": list(made.simulated_by)}
 
 
 def _check_reader(board: Board, version: str, profile: Profile, precision: str) -> None:

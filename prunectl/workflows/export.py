@@ -111,7 +111,7 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
 
 
 def lint_only(path: Path, profile: str | None, ui: Console) -> dict[str, Any]:
-    """What a profile's reader holds against any ONNX file; raises VerificationFailed after showing all errors."""
+    """What a profile's reader holds against any ONNX file. outcome: `clean`, or `refused` if one finding is an error (exit 4)."""
     chosen = load_profile(profile or "cpu")
     findings = lint.lint(path, chosen)
     rows = [[f.severity, f.node, f.operator, f.message, f.remedy] for f in findings]
@@ -119,7 +119,9 @@ def lint_only(path: Path, profile: str | None, ui: Console) -> dict[str, Any]:
         ui.table(f"{path.name} for {chosen.reader}", ["", "node", "operator", "finding", "remedy"], rows)
     else:
         ui.say(f"{path}: nothing known against it for {chosen.reader}")
-    result = {"schema": 1, "verb": "export", "outcome": "linted", "profile": chosen.name, "artifacts": []}
+    if errors := sum(f.severity == "error" for f in findings):
+        ui.error(f"{path}: {errors} finding{'s' if errors > 1 else ''} that {chosen.reader} refuses or mis-reads")
+    result = {"schema": 1, "verb": "export", "outcome": "refused" if errors else "clean", "profile": chosen.name, "artifacts": []}
     return {**result, "lint": [asdict(f) for f in findings], "warnings": list(ui.warnings)}
 
 
@@ -142,6 +144,7 @@ def _target(request: Request) -> tuple[Profile, engine.Place | None]:
 def _checked(request: Request, profile: Profile) -> tuple[int, int] | None:
     """N:M if the request names a pattern. Raises UsageError for what the profile does not take, before any work is done."""
     profile.check_precision(request.precision)
+    profile.check_batch(request.batch)
     if request.uint8_input and profile.types is not None and "UINT8" not in profile.types:
         raise UsageError(f"--uint8-input with profile {profile.name}: {profile.reader} has no UINT8 tensors; normalise on the host")
     if request.sparsity is None or ":" not in request.sparsity:
@@ -330,10 +333,3 @@ def show(result: dict[str, Any], ui: Console) -> None:
             ui.say(f"on {entry['host']}: {entry['path']}")
     for text in filter(None, (result["zeros"], result["note"])):
         ui.say(text)
-
-
-def require_clean(result: dict[str, Any]) -> None:
-    """Raises VerificationFailed when a lint-only result holds errors."""
-    errors = [f for f in result["lint"] if f["severity"] == "error"]
-    if errors:
-        raise VerificationFailed(f"{len(errors)} finding{'s' if len(errors) > 1 else ''} that the target refuses or mis-reads")
