@@ -289,12 +289,12 @@ def test_a_file_that_is_less_accurate_than_its_run_is_not_left_behind(a_copy, tm
 
 def test_without_its_images_a_file_is_compared_on_noise_and_int8_refused(a_copy, tmp_path):
     plan = a_copy / "compact" / "plan.json"
-    plan.write_text(plan.read_text().replace('"name": "fashion-mini"', '"name": "cifar10"'))
+    plan.write_text(plan.read_text().replace('"name": "fashion-mini"', '"name": "mnist"'))
     done = prunectl("export", a_copy, "--profile", "orin", "--out", tmp_path / "out", "--json", "--data-dir", tmp_path)
     assert done.code == 0 and done.document["artifacts"][0]["accuracy"] is None
     assert any("compared on random images only" in w for w in done.document["warnings"])
     done = prunectl("export", a_copy, "--profile", "orin", "--precision", "int8", "--out", tmp_path / "int8", "--data-dir", tmp_path)
-    done.refused(6, "cifar10")
+    done.refused(6, "mnist")
     assert not (tmp_path / "int8").exists()
 
 
