@@ -362,7 +362,7 @@ def last_words(tail):
     return "it said: " + said[-1].strip()[:300] if said else "it said nothing"
 
 
-def must_run(guard, argv, timeout_s, what, workspace_mb, on_line=None):
+def must_run(guard, argv, timeout_s, what, remedy, on_line=None):
     """The last lines of a tool that ended well. Raises the Refused that tells why it did not."""
     code, tail = run(guard, argv, timeout_s, on_line)
     text, free_mb = "\n".join(tail), shutil.disk_usage(guard.folder).free >> 20
@@ -373,8 +373,7 @@ def must_run(guard, argv, timeout_s, what, workspace_mb, on_line=None):
     if "No space left" in text or free_mb < 1:
         raise Refused("disk-full", "the board's disk is full (%d MB left) and %s failed: free space in %s" % (free_mb, what, guard.folder))
     if code in (-9, 137) or re.search(r"out of memory|bad_alloc|OutOfMemory", text, re.I):
-        text = "%s was Killed, the board ran out of memory: lower the workspace cap (now %d MB) or add swap"
-        raise Refused("out-of-memory", text % (what, workspace_mb))
+        raise Refused("out-of-memory", "%s was Killed, the board ran out of memory: lower %s or add swap" % (what, remedy))
     hint = " (deploy/README.md: the container has it)" if "No module named 'torch'" in text else ""
     raise Refused("failed", "%s failed with exit code %s; %s%s" % (what, code, last_words(tail), hint))
 
@@ -454,7 +453,7 @@ class Board(object):
         command = build_command(self.version, self.trtexec, onnx, made, timing, self.request, workspace_mb, model.get("shapes"))
         begin, what = time.monotonic(), "trtexec, building the engine of %s," % model["name"]
         say("building the engine of %s" % model["name"], limit_s)
-        tail = must_run(self.guard, command, limit_s, what, workspace_mb)
+        tail = must_run(self.guard, command, limit_s, what, "the workspace cap (now %d MB)" % workspace_mb)
         if not os.path.exists(made) or not os.path.getsize(made):
             raise Refused("trtexec", "%s ended well but wrote no engine; %s" % (what, last_words(tail)))
         os.makedirs(os.path.dirname(plan), exist_ok=True)
@@ -468,7 +467,7 @@ class Board(object):
         command = run_command(self.version, self.trtexec, plan, times, request, model.get("shapes"))
         what, note = "trtexec, timing %s," % model["name"], lambda ns, line: started.append(ns) if "Starting inference" in line else None
         write(times, None)  # not the last window's, should trtexec not get to write its own
-        tail = must_run(self.guard, command, limit_s, what, request["workspace_mb"], note)
+        tail = must_run(self.guard, command, limit_s, what, "the batch", note)
         try:  # 8.2 lists the warm-up too
             rows = [row for row in json.loads(read_text(times)) if row["startComputeMs"] >= request["warmup_s"] * 1e3]
             start, end = rows[0]["startComputeMs"], max(row["endComputeMs"] for row in rows)
@@ -507,7 +506,7 @@ print("RESULT " + json.dumps(dict(about, stamps=stamps[job["warmup_steps"]:])))
 def train_window(guard, path, job, request, limit_s):
     """{start_ns, end_ns, latency_ns: one a step, trainer}: the traced module trained on synthetic data in a process of its own."""
     command = [request["train_python"] or sys.executable, "-c", TRAINER, path, json.dumps(job)]
-    tail = must_run(guard, command, limit_s, "training %s" % job["name"], request["workspace_mb"])
+    tail = must_run(guard, command, limit_s, "training %s" % job["name"], "bench.train_batch (now %d)" % job["input_shape"][0])
     trainer = next((json.loads(line[7:]) for line in tail if line.startswith("RESULT ")), None)
     if trainer is None:
         raise Refused("failed", "training %s ended without a result; %s" % (job["name"], last_words(tail)))

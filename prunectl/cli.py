@@ -326,17 +326,26 @@ def bench(
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN|ONNX ...]", help="default runs/latest: its dense and pruned network")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, jetson or replay:FILE")] = "cpu",
+    device: Annotated[str | None, typer.Option("--device", help="cpu (default), cuda, jetson or replay:FILE")] = None,
     host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board; else $PRUNECTL_JETSON")] = None,
     train: Annotated[bool, typer.Option("--train", help="time training steps too")] = False,
-    batch: Annotated[int, typer.Option("--batch", help="images a call")] = 1,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="images a call (default: what a file fixes, else 1)")] = None,
+    precision: Annotated[str | None, typer.Option("--precision", help="fp32, fp16 or int8 (default: fp16 on a board, else fp32)")] = None,
+    profile: Annotated[str | None, typer.Option("--profile", help="of the exported files (default: what suits the device)")] = None,
     warmup: Annotated[float | None, typer.Option("--warmup", help="seconds before each window")] = None,
     duration: Annotated[float | None, typer.Option("--duration", help="seconds of each window")] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", help="interleaved windows of each network")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="short windows, labelled so")] = False,
     baseline: Annotated[Path | None, typer.Option("--baseline", help="what the others are compared with")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads (default: every core allowed)")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="NAME|FILE", help="cpu, jetson-tx2, jetson-orin, or a file of your own")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting, e.g. bench.workspace_mb=256 (repeatable)")
+    ] = None,
     data_dir: DataDirOpt = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder of the raw samples (default: bench/ inside the run)")] = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = 0,
@@ -346,23 +355,23 @@ def bench(
 
     Example: prunectl bench --device jetson --host nvidia@tx2
     """
+    said = {
+        "device": device,
+        "profile": profile,
+        "bench.precision": precision,
+        "bench.warmup_s": warmup,
+        "bench.duration_s": duration,
+        "bench.repeats": repeats,
+        "bench.threads": threads,
+    }
     ui = _ui(json, quiet, verbose, no_progress)
+    from prunectl.workflows.bench_plan import plan
+
+    given = {k: v for k, v in said.items() if v is not None}
+    how = plan(recipe=recipe, host=host, quick=quick, given=given, sets=sets or ())
     from prunectl.workflows import bench as workflow
 
-    request = workflow.Request(
-        paths=tuple(paths or ()),
-        device=device,
-        host=host,
-        train=train,
-        batch=batch,
-        warmup_s=warmup,
-        duration_s=duration,
-        repeats=repeats,
-        quick=quick,
-        baseline=baseline,
-        threads=threads,
-        data_dir=data_dir,
-    )
+    request = workflow.Request(paths=tuple(paths or ()), plan=how, train=train, batch=batch, baseline=baseline, data_dir=data_dir, out=out)
     result = workflow.bench(request, ui)
     workflow.show(result, ui)
     ui.document(result)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -82,6 +83,21 @@ class Console:
             for item in items:
                 bar.advance(task)
                 yield item
+
+    @contextmanager
+    def working(self) -> Iterator[Callable[[str], None]]:
+        """A function that says what is going on: in one line that changes, on a terminal; elsewhere in lines, with -v.
+
+        Nothing is drawn between two calls: a thread that did would disturb what is being timed."""
+        if not self.bars:
+            yield self.detail
+            return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self._out, transient=True, auto_refresh=False) as line:
+            task = line.add_task("starting", total=None)
+            yield lambda text: line.update(task, description=text, refresh=True)
 
     def document(self, value: dict[str, Any]) -> None:
         """The one JSON document of --json on stdout."""

@@ -256,6 +256,16 @@ def resolve(
     return validated(settings)
 
 
+def merged(file: Path | None, overrides: Mapping[str, Any], sets: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings of a file, then `overrides` ("bench.repeats" -> 3), then `sets`, in one tree that nobody has checked yet.
+
+    Raises UsageError for what cannot be read."""
+    settings = _read(file) if file else {}
+    for key, value in {**overrides, **dict(_assignment(text) for text in sets)}.items():
+        _put(settings, key, value)
+    return settings
+
+
 def _training_for_the_set(settings: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The train section of sfw-prune with its defaults; without a constraint they are those of its rival, SGD.
 

@@ -27,7 +27,7 @@ from prunectl.errors import DeviceUnavailable, UsageError
 
 PROTOCOL = 1
 MARK = b"prunectl-agent:"
-HOST_ONLY = ("threads", "python")  # settings the agent has no use for
+HOST_ONLY = ("threads", "python", "train_steps", "train_batch")  # settings the agent has no use for
 
 # Runs on the board before the agent's text is there: read exactly that many bytes of it, leave the rest of stdin alone.
 BOOTSTRAP = """

@@ -17,6 +17,11 @@ from prunectl.errors import DeviceUnavailable, UsageError, VerificationFailed
 Call = Callable[[], object]
 
 
+def precision_of(model: OnnxModel, settings: Settings) -> str:
+    """What the model computes in: what its graph says, or, of a plain graph, what the engine build is asked for."""
+    return settings.precision if model.precision in ("as exported", "fp32") else model.precision
+
+
 def cuda_device(index: int) -> torch.device:
     """The GPU. Raises DeviceUnavailable."""
     if not torch.cuda.is_available():
@@ -40,7 +45,7 @@ def _onnxruntime_runner(model: OnnxModel, settings: Settings, device: torch.devi
 
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise DeviceUnavailable("--device cuda needs TensorRT (pip install 'prunectl[trt]') or onnxruntime-gpu; neither is installed.")
-    if settings.precision != "fp32":
+    if precision_of(model, settings) not in ("fp32", model.precision):
         raise UsageError(f"--precision {settings.precision} needs TensorRT; ONNX Runtime runs a file in its own precision (fp32).")
     session = onnx_session(model, [("CUDAExecutionProvider", {"device_id": device.index})], threads=1)
     binding = session.io_binding()
@@ -67,7 +72,8 @@ def _tensorrt_runner(trt: Any, model: OnnxModel, settings: Settings, device: tor
         raise VerificationFailed(f"{model.path}: TensorRT {trt.__version__} refuses it: {parser.get_error(0)}")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
-    wanted = {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[settings.precision]
+    asked = "fp32" if model.precision == settings.precision else settings.precision  # else it stands in the graph
+    wanted = {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[asked]
     for name in wanted:
         if not hasattr(trt.BuilderFlag, name):
             raise UsageError(f"TensorRT {trt.__version__} takes precision from the graph: export with --profile gpu, bench with fp32.")

@@ -46,7 +46,7 @@ def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) ->
             session = latency.onnx_session(model, ["CPUExecutionProvider"], threads=len(cores))
             calls.append(functools.partial(session.run, None, latency.synthetic_input(session, model.batch)))
             about = {"runtime": "onnxruntime", "version": ort.__version__}
-            artifacts.append(Artifact(model.name, "onnx", model.sha256, latency.batch_of(session, model.batch), "as exported", about))
+            artifacts.append(Artifact(model.name, "onnx", model.sha256, latency.batch_of(session, model.batch), model.precision, about))
         steps = [latency.optimizer_step(task, torch.device("cpu")) for task in job.train]
         windows = _interleave(job, calls, steps, settings, idle=sampler.has_power, mark=lambda: None, say=say)
         sampler.stop(settings.period_ms)
@@ -78,7 +78,7 @@ def cuda_gpu(job: Job, settings: Settings, *, target: str | None = None, say: Sa
             say(f"preparing {model.name}")
             call, batch, about = cuda.runner(model, settings, device)
             calls.append(call)
-            artifacts.append(Artifact(model.name, "engine", model.sha256, batch, settings.precision, about))
+            artifacts.append(Artifact(model.name, "engine", model.sha256, batch, cuda.precision_of(model, settings), about))
         steps = [latency.optimizer_step(task, device) for task in job.train]
         windows = _interleave(job, calls, steps, settings, idle=counter.reason is None, mark=counter.mark, say=say)
         sampler.stop(settings.period_ms)

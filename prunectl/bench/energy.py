@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from prunectl.bench import stats
-from prunectl.bench.records import Power, Rail, RawBench, Window
+from prunectl.bench.records import Power, Rail, RawBench, Training, Window
 from prunectl.bench.stats import NotMeasured
 
 # Rails that together are the whole module, by board (Jetson Linux Developer Guide, "Power and performance"):
@@ -111,19 +111,11 @@ def quantum_mw(raw: RawBench) -> float:
     return stats.quantum(readings(raw.power, rail.name)[1])
 
 
-def training_total_j(
-    dense_step_mj: float, ticket_step_mj: float, *, dense_steps: float, search_steps: float, ticket_steps: float
-) -> dict[str, Any]:
-    """Joules of a whole training, dense against ticket: energy of a step times steps.
-
-    search_steps: dense optimizer steps until the ticket was drawn, the probe's passes included as the steps they cost."""
-    dense = dense_step_mj * dense_steps / 1e3
-    ticket = (dense_step_mj * search_steps + ticket_step_mj * ticket_steps) / 1e3
+def training_total_j(dense_step_mj: float, ticket_step_mj: float, training: Training) -> dict[str, Any]:
+    """Joules of a whole training, dense against ticket: energy of a step times steps, search and probe included."""
+    dense = dense_step_mj * training.dense_steps / 1e3
+    ticket = (dense_step_mj * training.search_steps + ticket_step_mj * training.ticket_steps) / 1e3
     return {"dense": dense, "ticket": ticket, "ratio": ticket / dense, "reason": None}
-
-
-def training_total_unknown(reason: str) -> dict[str, Any]:
-    return dict.fromkeys(("dense", "ticket", "ratio")) | {"reason": reason}
 
 
 def without(power: Power, reason: str) -> Power:

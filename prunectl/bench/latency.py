@@ -65,6 +65,7 @@ def idle_window(seconds: float, *, mark: Mark) -> Window:
 
 
 def _window(kind: str, artifact: int, repeat: int, run: Callable[[], list[int]], mark: Mark) -> Window:
+    gc.collect()
     mark()
     before = _waited_ns()
     stamps = np.array(run(), dtype=np.int64)
@@ -85,7 +86,6 @@ def _waited_ns() -> int | None:
 
 def _run_for(call: Callable[[], object], seconds: float, at_least: int) -> list[int]:
     """Stamps before the first call and after each."""
-    gc.collect()
     stamps = [time.monotonic_ns()]
     end = stamps[0] + int(seconds * 1e9)
     while len(stamps) <= at_least or stamps[-1] < end:

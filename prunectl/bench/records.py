@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from prunectl import files
-from prunectl.errors import CorruptFile, UsageError
+from prunectl.errors import CorruptFile, UnknownName, UsageError
 
 SCHEMA = 1
+MOST = 1e6  # of any setting: more is a slip of the finger (12 days of repeats or seconds)
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ T = TypeVar("T")
 class Settings:
     """How to measure; the defaults are the protocol of an honest joule on a board (deploy/README.md).
 
-    python, trtexec, train_python name programs on the board; None: found there."""
+    python, trtexec, train_python name programs on the board; None: found there. train_batch None: the run's own batch."""
 
     precision: str = "fp16"
     warmup_s: float = 5.0
@@ -42,14 +44,16 @@ class Settings:
     trtexec: str | None = None
     python: tuple[str, ...] = ("python3",)
     train_python: str | None = None
+    train_steps: int = 100  # optimizer steps in a window
+    train_batch: int | None = None
 
     def __post_init__(self) -> None:
         bounds = {"warmup_s": 0, "duration_s": 1e-3, "iterations": 1, "repeats": 1, "idle_s": 0, "period_ms": 1, "refresh_probe_s": 0}
-        bounds |= {"workspace_mb": 1, "build_timeout_s": 1e-3, "slack_s": 0, "threads": 1}
+        bounds |= {"workspace_mb": 1, "build_timeout_s": 1e-3, "slack_s": 0, "threads": 1, "train_steps": 1, "train_batch": 2}
         for name, least in bounds.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise UsageError(f"bench {name} = {value}: must be at least {least:g}.")
+            if value is not None and not least <= value <= MOST:
+                raise UsageError(f"bench {name} = {value}: must be at least {least:g}, and at most {MOST:g}.")
         if self.precision not in ("fp32", "fp16", "int8"):
             raise UsageError(f"bench precision = '{self.precision}': must be fp32, fp16 or int8.")
         if self.sparsity not in ("disable", "enable"):
@@ -59,22 +63,62 @@ class Settings:
     def for_host(cls, **changes: Any) -> Settings:
         """The defaults where windows are cheap and clocks are not ours: shorter windows, more repeats."""
         defaults: dict[str, Any] = {"precision": "fp32", "warmup_s": 1.0, "duration_s": 5.0, "repeats": 10, "idle_s": 10.0}
+        defaults["train_steps"] = 20
         return cls(**(defaults | changes))
+
+    def but(self, changes: Mapping[str, Any]) -> Settings:
+        """The same with some settings changed, as YAML gives them. Raises UsageError for an unknown name or a value that does not fit."""
+        return dataclasses.replace(self, **{name: _setting(name, value) for name, value in changes.items()})
 
     def quick(self) -> Settings:
         """A short bench, for a first look: its report says that its windows are short."""
-        limits = {"warmup_s": 0.2, "duration_s": 0.7, "iterations": 20, "repeats": 5, "idle_s": 1.0, "refresh_probe_s": 1.0}
+        limits = {
+            "warmup_s": 0.2,
+            "duration_s": 0.7,
+            "iterations": 20,
+            "repeats": 5,
+            "idle_s": 1.0,
+            "refresh_probe_s": 1.0,
+            "train_steps": 5,
+        }
         return dataclasses.replace(self, **{name: min(getattr(self, name), most) for name, most in limits.items()})
+
+
+# annotation of a setting -> what to call it, types that it takes
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    "bool": ("true or false", (bool,)),
+    "int": ("a whole number", (int,)),
+    "int | None": ("a whole number or null", (int, type(None))),
+    "float": ("a number", (int, float)),
+    "str": ("a word", (str,)),
+    "str | None": ("a word or null", (str, type(None))),
+    "tuple[str, ...]": ("a list of words", (tuple,)),
+}
+
+
+def _setting(name: str, value: Any) -> Any:
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(Settings)}
+    if name not in kinds:
+        raise UnknownName("bench setting", name, kinds)
+    called, types = _KINDS[kinds[name]]
+    if tuple in types and isinstance(value, (str, list)):
+        value = tuple(shlex.split(value) if isinstance(value, str) else map(str, value))
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise UsageError(f"bench {name} = {value!r}: expected {called}.")
+    return value
 
 
 @dataclass(frozen=True)
 class OnnxModel:
-    """A file to time. batch: images in one inference, where the file leaves it open; shapes: trtexec's words for an open input."""
+    """A file to time. batch: images in one inference, where the file leaves it open; shapes: trtexec's words for an open input.
+
+    precision: what its graph computes in, where that is known."""
 
     path: Path
     name: str
     batch: int = 1
     shapes: str | None = None
+    precision: str = "as exported"
 
     @property
     def sha256(self) -> str:
@@ -161,7 +205,24 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How the run that was measured trained: optimizer steps of the batch that was measured, dense and with the ticket.
+
+    dense, ticket: names of artifacts. dense_steps: of a whole schedule without pruning. search_steps: dense steps until the
+    ticket was drawn, forward passes of probe and repair included as the share of a step that they cost."""
+
+    run: str
+    dense: str
+    ticket: str
+    dense_steps: float
+    search_steps: float
+    ticket_steps: float
+
+
+@dataclass(frozen=True)
 class RawBench:
+    """training: of the run that the artifacts belong to; None with training_reason where nothing is known of it."""
+
     device: str
     simulated: bool
     artifacts: tuple[Artifact, ...]
@@ -172,6 +233,8 @@ class RawBench:
     settings: Mapping[str, Any] = field(default_factory=dict)
     simulated_by: tuple[str, ...] = ()
     train_reason: str | None = None
+    training: Training | None = None
+    training_reason: str | None = None
     schema: int = SCHEMA
 
     def to_dict(self) -> dict[str, Any]:
@@ -189,6 +252,7 @@ class RawBench:
                 "artifacts": tuple(_make(Artifact, a) for a in raw["artifacts"]),
                 "windows": tuple(_make(Window, w) for w in raw["windows"]),
                 "power": _make(Power, power),
+                "training": _make(Training, raw["training"]) if raw.get("training") else None,
                 "telemetry": _make(Telemetry, raw["telemetry"]),
             })  # fmt: skip
             bench._check()

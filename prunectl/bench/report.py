@@ -17,6 +17,7 @@ from prunectl.bench.records import Artifact, Rail, RawBench, Window
 from prunectl.bench.stats import NotMeasured
 
 ENOUGH_INFERENCES, ENOUGH_REFRESHES, ENOUGH_SECONDS = 1000, 100, 60.0
+TRAINED = ("module", "traced")  # kinds of artifacts that optimizer steps were timed of
 DRIFT = 0.02  # of latency over a window, of clocks between windows, of time lost to other programs
 
 
@@ -109,6 +110,18 @@ def report(raw: RawBench) -> BenchReport:
     return BenchReport(reports, tuple(_ratios(raw)), tuple(_warnings(raw)), raw.simulated)
 
 
+def training_total(raw: RawBench, found: BenchReport) -> dict[str, Any]:
+    """Joules of the whole training of the run that was measured: {dense, ticket, ratio, reason}, null with the reason where unknown."""
+    steps = {r.artifact: r.train for r in found.reports if r.train}
+    reason = raw.training_reason or ("needs --train" if not steps else "the record names no run")
+    if raw.training is not None and steps:
+        dense, ticket = steps[raw.training.dense], steps[raw.training.ticket]
+        if dense.mj_per_step is not None and ticket.mj_per_step is not None:
+            return energy.training_total_j(dense.mj_per_step, ticket.mj_per_step, raw.training)
+        reason = dense.reason or ticket.reason or "joules a step were not measured"
+    return dict.fromkeys(("dense", "ticket", "ratio")) | {"reason": reason}
+
+
 def windows_of(raw: RawBench, kind: str, artifact: int) -> list[Window]:
     """The artifact's windows of a kind, in the order of the repeats."""
     return sorted((w for w in raw.windows if w.kind == kind and w.artifact == artifact), key=lambda w: w.repeat)
@@ -192,7 +205,7 @@ def _rail_mj(raw: RawBench, rail: Rail, artifact: Artifact, windows: Sequence[Wi
 def _train(raw: RawBench, artifact: Artifact, windows: Sequence[Window]) -> Train | None:
     """None for an artifact that was not to be trained."""
     if not windows:
-        return Train(None, None, None, None, 0, raw.train_reason) if artifact.kind in ("traced", "module") else None
+        return Train(None, None, None, None, 0, raw.train_reason) if artifact.kind in TRAINED else None
     ms = [float(np.median(w.latency_ns)) / 1e6 for w in windows]
     try:
         mj, reason = [_energy_of_one_mj(raw, w, 1) for w in windows], None
@@ -255,15 +268,14 @@ def _warnings(raw: RawBench) -> list[str]:
         )
     found += _sensor_warnings(raw, loads)
     for index, artifact in enumerate(raw.artifacts):
+        name = f"training {artifact.name}" if artifact.kind in TRAINED else artifact.name
         rises = [change for w in windows_of(raw, "load", index) if (change := stats.drift(w.latency_ns)) > DRIFT]
         if rises:
             text = f"latency rose within {len(rises)} of its windows, by up to {max(rises):.1%}"
-            found.append(f"{artifact.name}: {text}: heat, a governor, or other programs; fix the clocks, cool, wait for quiet")
+            found.append(f"{name}: {text}: heat, a governor, or other programs; fix the clocks, cool, wait for quiet")
         waited = [w.details.get("waited_share", 0.0) for w in raw.windows if w.artifact == index]
         if max(waited, default=0.0) > DRIFT:
-            found.append(
-                f"{artifact.name}: other programs had its core for up to {max(waited):.0%} of a window: end them and measure again"
-            )
+            found.append(f"{name}: other programs had its core for up to {max(waited):.0%} of a window: end them and measure again")
     found += _clock_warnings(raw, loads)
     offsets = [w.wall_offset_s for w in raw.windows if w.wall_offset_s is not None]
     if offsets and max(offsets) - min(offsets) > 0.5:

@@ -1,4 +1,4 @@
-"""`prunectl bench`: latency and energy of a run's dense and pruned network, measured side by side on one device.
+"""`prunectl bench`: latency and energy of networks, a run's dense and pruned one say, measured side by side on one device.
 
 Each network is exported for the device if it is not yet, the windows are interleaved, the raw samples are kept, and the
 report is computed from them alone."""
@@ -7,78 +7,76 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from prunectl.bench import devices as device_room
-from prunectl.bench.energy import training_total_j, training_total_unknown
-from prunectl.bench.records import Job, OnnxModel, RawBench, Settings, TrainModel
-from prunectl.bench.report import BenchReport, report
+from prunectl.bench.onnxfile import opened
+from prunectl.bench.records import Job, OnnxModel, RawBench, Settings, Training, TrainModel
+from prunectl.bench.report import report, training_total
 from prunectl.console import Console
 from prunectl.errors import CorruptFile, UsageError
 from prunectl.export.artifact import read_record
+from prunectl.export.profiles import load as load_profile
+from prunectl.pruning.cost import training_flops
+from prunectl.recipe import read_back
 from prunectl.rundir import RunDir, read_json
 from prunectl.training import compactmodel
+from prunectl.workflows import engine
 from prunectl.workflows import export as exporting
+from prunectl.workflows.bench_plan import Plan
 from prunectl.workflows.session import versions
 
-PROFILE = {"cpu": "cpu", "cuda": "gpu", "jetson": "tx2"}  # of the files that a device is given
-TRAIN_BATCH = 32
+PROFILE = {"cpu": "cpu", "cuda": "gpu"}  # of the files that a device is given
+TRAIN_BATCH = 32  # of a network that belongs to no run
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure, where and how long; None leaves the device's own default."""
+    """What to measure and how. batch None: what a file fixes, else 1. out: folder of the raw samples; None: in the run."""
 
     paths: tuple[Path, ...] = ()
-    device: str = "cpu"
-    host: str | None = None
+    plan: Plan = field(default_factory=Plan)
     train: bool = False
-    batch: int = 1
-    warmup_s: float | None = None
-    duration_s: float | None = None
-    repeats: int | None = None
-    quick: bool = False
+    batch: int | None = None
     baseline: Path | None = None
-    threads: int | None = None
     data_dir: Path | None = None
+    out: Path | None = None
 
 
 def bench(request: Request, ui: Console) -> dict[str, Any]:
-    """Measures and reports; raw samples are kept beside the first run, or in bench/ of the working folder."""
-    name, target = device_room.parse(request.device)
-    settings = _settings(name, request)
-    if name == "replay":
-        raw = device_room.devices.get(name)(Job(), settings, target=target, say=ui.detail)
-        return _result(raw, report(raw), Path(target or ""), None, ui)
-    paths = _in_order(request)
-    networks = [network for path in paths for network in _networks(path)]
-    job = Job(
-        models=tuple(_file(network, name, request, ui) for network in networks),
-        train=tuple(_trainable(network) for network in networks) if request.train else (),
-    )
-    ui.say(f"{len(job.models)} models on {request.device}, {settings.repeats} interleaved repeats of {settings.duration_s:g} s each")
-    raw = device_room.devices.get(name)(job, settings, target=request.host or target, say=ui.detail)
-    kept = raw.write(_raw_path(paths[0], name))
-    return _result(raw, report(raw), kept, _run_result(paths[0]) if request.train else None, ui)
+    """Measures and reports; the raw samples are kept in bench/ of the first run, or beside the first file."""
+    begin, plan = time.monotonic(), request.plan
+    if plan.device == "replay":
+        if request.paths:
+            raise UsageError(f"--device replay reads one record and measures nothing; leave {request.paths[0]} out")
+        raw = device_room.devices.get(plan.device)(Job(), plan.settings, target=plan.target, say=ui.detail)
+        return _result(raw, Path(plan.target or ""), None, begin, ui)
+    networks = _networks(request)
+    names = _names(networks)
+    kept = _raw_path(request, networks[0])
+    settings, job = plan.settings, Job()
+    if request.train:
+        job = replace(job, train=_trainable(networks, names, settings))
+    job = replace(job, models=_files(networks, names, request, ui))
+    ui.say(_announcement(job, plan))
+    with ui.working() as say:
+        raw = device_room.devices.get(plan.device)(job, settings, target=plan.target, say=say)
+    if request.train:
+        training, reason = _training(networks, job.train)
+        raw = replace(raw, training=training, training_reason=reason)
+    return _result(raw, raw.write(kept), networks[0], begin, ui)
 
 
-def _settings(device: str, request: Request) -> Settings:
-    given = (("warmup_s", request.warmup_s), ("duration_s", request.duration_s), ("repeats", request.repeats), ("threads", request.threads))
-    changes: dict[str, Any] = {k: v for k, v in given if v is not None}
-    settings = Settings(**changes) if device == "jetson" else Settings.for_host(**changes)
-    return settings.quick() if request.quick else settings
+def _networks(request: Request) -> list[Path]:
+    """The networks and files that are measured, the baseline's first, each once."""
+    paths = [*([request.baseline] if request.baseline else []), *(request.paths or [Path("runs/latest")])]
+    return list(dict.fromkeys(network.resolve() for path in paths for network in _expanded(path)))
 
 
-def _in_order(request: Request) -> list[Path]:
-    """What is measured, the baseline first."""
-    paths = list(request.paths) or [Path("runs/latest")]
-    return [request.baseline, *(p for p in paths if p != request.baseline)] if request.baseline else paths
-
-
-def _networks(path: Path) -> list[Path]:
-    """The networks that `path` stands for: a run's dense and pruned one, one saved network, or an ONNX file."""
+def _expanded(path: Path) -> list[Path]:
+    """What `path` stands for: a run's dense and pruned network, one saved network, or an ONNX file."""
     if path.suffix == ".onnx":
         if not path.is_file():
             raise UsageError(f"{path} is not a file; expected an ONNX model or a run")
@@ -87,11 +85,31 @@ def _networks(path: Path) -> list[Path]:
     return both or [compactmodel.locate(path)]
 
 
-def _file(network: Path, device: str, request: Request, ui: Console) -> OnnxModel:
-    """The ONNX file of a network for the device, exported now unless it is there and whole."""
-    if network.suffix == ".onnx":
-        return OnnxModel(network, network.stem, request.batch)
-    want = exporting.Request(path=network, profile=PROFILE[device], batch=request.batch, data_dir=request.data_dir)
+def _names(networks: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as it takes to tell them apart."""
+    parts = [(*path.parent.parts, path.stem if path.suffix == ".onnx" else path.name) for path in networks]
+    depth = next(d for d in range(1, 1 + max(map(len, parts))) if len({p[-d:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _files(networks: Sequence[Path], names: Sequence[str], request: Request, ui: Console) -> tuple[OnnxModel, ...]:
+    plan = request.plan
+    profile = plan.profile or PROFILE.get(plan.device)
+    if profile is None and any(network.suffix != ".onnx" for network in networks):
+        ui.detail("asking the board what it is")
+        profile = engine.default_profile(engine.Board(device_room.jetson_host(plan.target)), plan.settings.python)
+    return tuple(
+        opened(network, name, request.batch) if network.suffix == ".onnx" else _exported(network, name, str(profile), request, ui)
+        for network, name in zip(networks, names, strict=True)
+    )
+
+
+def _exported(network: Path, name: str, profile: str, request: Request, ui: Console) -> OnnxModel:
+    """The ONNX file of a saved network for the device, exported now unless it is there and whole."""
+    chosen, asked = load_profile(profile), request.plan.settings.precision
+    chosen.check_precision(asked)
+    precision = chosen.graph_precision(asked)
+    want = exporting.Request(path=network, profile=profile, precision=precision, batch=request.batch or 1, data_dir=request.data_dir)
     target = exporting.target_of(want)
     try:
         fresh = read_record(target).provenance.weights_sha256 == compactmodel.read(network).plan["weights_sha256"]
@@ -99,95 +117,128 @@ def _file(network: Path, device: str, request: Request, ui: Console) -> OnnxMode
         fresh = False
     if not fresh:
         exporting.export(want, ui)
-    return OnnxModel(target, network.resolve().name, request.batch)
+    return OnnxModel(target, name, request.batch or 1, precision=precision)
 
 
-def _trainable(network: Path) -> TrainModel:
-    if network.suffix == ".onnx":
-        raise UsageError(f"--train needs a run or a saved network; {network} is an ONNX file and cannot be trained")
-    saved = compactmodel.read(network)
-    module = saved.module().train().requires_grad_(True)
-    return TrainModel(module, network.resolve().name, (TRAIN_BATCH, *saved.input_shape), saved.plan["model"]["num_classes"])
+def _announcement(job: Job, plan: Plan) -> str:
+    s, n = plan.settings, len(job.models)
+    seconds = n * s.repeats * (s.warmup_s + s.duration_s) + s.idle_s + s.refresh_probe_s * (plan.device == "jetson")
+    about = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} hours"
+    more = " and the training steps" if job.train else ""
+    engines = " and the engine builds" if plan.device == "jetson" else ""
+    where = plan.device if plan.target is None else f"{plan.device} {plan.target}"
+    return f"{n} model{'s' * (n > 1)} on {where}, {s.repeats} windows of {s.duration_s:g} s each, in turns: about {about}{engines}{more}"
 
 
-def _raw_path(path: Path, device: str) -> Path:
-    """raw.json in the run that was measured."""
-    folder = path.resolve() if path.is_dir() else path.resolve().parent
-    run = folder if RunDir(folder).recipe.is_file() else folder.parent if RunDir(folder.parent).recipe.is_file() else folder
-    (run / "bench").mkdir(parents=True, exist_ok=True)
-    return run / "bench" / f"raw-{device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+def _run_of(network: Path) -> RunDir | None:
+    """The run that a network, or a file exported from it, lies in."""
+    return next((run for run in map(RunDir, network.parents[:2]) if run.recipe.is_file()), None)
 
 
-def _run_result(path: Path) -> dict[str, Any] | None:
-    run = RunDir(path)
-    return read_json(run.result) if run.finished else None
+def _trainable(networks: Sequence[Path], names: Sequence[str], settings: Settings) -> tuple[TrainModel, ...]:
+    """The networks in training mode. All take one batch: the one that was asked for, else the first one's run's."""
+    files = [network for network in networks if network.suffix == ".onnx"]
+    if files:
+        raise UsageError(f"--train needs runs or saved networks; {files[0]} is an ONNX file and cannot be trained")
+    run = _run_of(networks[0])
+    batch = settings.train_batch or (read_back(run.recipe).train.batch_size if run else TRAIN_BATCH)
+    made = []
+    for network, name in zip(networks, names, strict=True):
+        saved = compactmodel.read(network)
+        module = saved.module().train().requires_grad_(True)
+        shape = (batch, *saved.input_shape)
+        made.append(TrainModel(module, name, shape, saved.plan["model"]["num_classes"], settings.train_steps))
+    return tuple(made)
 
 
-def _training_total(found: BenchReport, result: dict[str, Any] | None) -> dict[str, Any]:
-    """Joules of the whole training, dense against ticket, from joules a step; null with the reason where unknown."""
-    steps = [r.train for r in found.reports if r.train]
-    if result is None or result.get("verb") != "find-ticket" or result.get("outcome") != "found":
-        return training_total_unknown("needs --train and a finished find-ticket run")
-    if len(steps) != 2 or steps[0].mj_per_step is None or steps[1].mj_per_step is None:
-        return training_total_unknown((steps[0].reason if steps else None) or "joules a step were not measured")
-    flops, macs = result["training_flops"], result["macs"]
-    dense_step = flops["dense"] / macs["dense"]
-    share = macs["ticket"] / macs["dense"]
-    searched = (flops["spent"] / flops["dense"] - share) / (1 - share)  # share of the schedule spent dense, probe included
-    return training_total_j(
-        steps[0].mj_per_step,
-        steps[1].mj_per_step,
-        dense_steps=dense_step / (6 * TRAIN_BATCH),
-        search_steps=searched * dense_step / (6 * TRAIN_BATCH),
-        ticket_steps=(1 - searched) * dense_step / (6 * TRAIN_BATCH),
-    )
+def _training(networks: Sequence[Path], tasks: Sequence[TrainModel]) -> tuple[Training | None, str | None]:
+    """How the run trained whose dense and pruned network were both measured; else why nothing is known."""
+    by_path = dict(zip(networks, tasks, strict=True))
+    pairs = [(run / "dense", run / "compact") for run in dict.fromkeys(n.parent for n in networks)]
+    pair = next(((d, t) for d, t in pairs if d in by_path and t in by_path), None)
+    if pair is None:
+        return None, "needs the dense and the pruned network of one find-ticket run"
+    run = RunDir(pair[0].parent)
+    result = read_json(run.result) if run.finished else {}
+    if result.get("verb") != "find-ticket" or result.get("outcome") != "found" or result["accuracy"]["final"] is None:
+        return None, f"{run.path.name} did not train a ticket to the end of its schedule"
+    dense, ticket = by_path[pair[0]], by_path[pair[1]]
+    drawn = result["found_epoch"] / read_back(run.recipe).train.epochs
+    steps = _steps(result["training_flops"], result["macs"], drawn, dense.input_shape[0])
+    return Training(run.path.name, dense.name, ticket.name, *steps), None
 
 
-def _result(raw: RawBench, found: BenchReport, kept: Path, run_result: dict[str, Any] | None, ui: Console) -> dict[str, Any]:
+def _steps(flops: dict[str, int], macs: dict[str, int], drawn: float, batch: int) -> tuple[float, float, float]:
+    """(dense_steps, search_steps, ticket_steps) of `Training`. drawn: the share of the schedule before the draw.
+
+    What was spent beyond the training steps of both networks are forward passes of the dense one: probe, repair, batch norm."""
+    dense, ticket = (training_flops(macs[name], batch) for name in ("dense", "ticket"))
+    steps = flops["dense"] / dense
+    looking = (flops["spent"] - drawn * steps * dense - (1 - drawn) * steps * ticket) / dense
+    return steps, drawn * steps + looking, (1 - drawn) * steps
+
+
+def _raw_path(request: Request, first: Path) -> Path:
+    """Where the raw samples will be; its folder is made now, before minutes are spent on what could not be kept."""
+    run = _run_of(first)
+    folder = request.out or (run.path if run else first.parent if first.suffix == ".onnx" else first) / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"raw-{request.plan.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+
+
+def _result(raw: RawBench, kept: Path, network: Path | None, begin: float, ui: Console) -> dict[str, Any]:
+    found = report(raw)
     for sentence in found.warnings:
         ui.warn(sentence)
+    run = _run_of(network) if network else None
+    asked = read_back(run.recipe) if run else None
     fields = found.to_dict()
     return {
         "schema": 1,
         "verb": "bench",
+        "run": str(run.path) if run else None,
         "outcome": "measured",
+        "model": asked.model.name if asked else None,
+        "dataset": asked.data.name if asked else None,
+        "seed": asked.seed if asked else None,
         "device": raw.device,
         "simulated": found.simulated,
         "reports": fields["reports"],
         "ratios": fields["ratios"],
-        "train_total_j": _training_total(found, run_result),
+        "train_total_j": training_total(raw, found),
+        "settings": dict(raw.settings),
         "raw": str(kept.resolve()),
+        "wall_s": time.monotonic() - begin,
         "versions": versions(),
         "warnings": list(ui.warnings),
     }
 
 
 def show(result: dict[str, Any], ui: Console) -> None:
-    rows: list[Sequence[object]] = []
-    for r in result["reports"]:
-        latency, energy, train = r["latency_ms"] or {}, r["energy"] or {}, r["train"] or {}
-        cells = [latency.get(k) for k in ("p50", "p90", "p99")]
-        rows.append(
-            [
-                r["artifact"],
-                *(None if c is None else f"{c:.3f}" for c in cells),
-                None if r["throughput_per_s"] is None else f"{r['throughput_per_s']:.0f}",
-                _number(energy.get("mj_per_inference")),
-                _number(train.get("ms_per_step")),
-                _number(train.get("mj_per_step")),
-            ]
-        )
     title = f"{result['device']}{', SIMULATED sensor or engine' if result['simulated'] else ''}"
-    ui.table(title, ["network", "p50 ms", "p90 ms", "p99 ms", "images/s", "mJ/image", "ms/train step", "mJ/train step"], rows)
+    header = ["network", "p50 ms", "p90 ms", "p99 ms", "images/s", "mJ/image", "ms/train step", "mJ/train step"]
+    ui.table(title, header, _rows(result["reports"]))
     for ratio in result["ratios"]:
         interval = f", 95 % interval {ratio['ci95'][0]:.3f} to {ratio['ci95'][1]:.3f}" if ratio["ci95"] else f" ({ratio['reason']})"
         claim = "" if ratio["differs"] or not ratio["ci95"] else ": no difference can be claimed"
         ui.say(f"{ratio['metric']}: {ratio['numerator']} takes {ratio['median']:.3f} of {ratio['denominator']}{interval}{claim}")
-    reasons = {str(e["reason"]) for e in (r["energy"] for r in result["reports"]) if e and e["reason"]}
-    for reason in sorted(reasons):
+    total = result["train_total_j"]
+    if total["ratio"] is not None:
+        ui.say(
+            f"whole training: {total['dense']:.4g} J dense, {total['ticket']:.4g} J with the ticket, search included: {total['ratio']:.3f}"
+        )
+    for reason in sorted({r["energy"]["reason"] for r in result["reports"] if r["energy"] and r["energy"]["reason"]}):
         ui.say(f"energy not measured: {reason}")
     ui.say(f"raw samples: {result['raw']}")
 
 
-def _number(value: float | None) -> str | None:
-    return None if value is None else f"{value:.3f}"
+def _rows(reports: Sequence[dict[str, Any]]) -> list[list[object]]:
+    """One row a network: what was inferred and what was trained under one name stand side by side."""
+    rows: dict[str, dict[str, Any]] = {}
+    for r in reports:
+        latency, energy, train = r["latency_ms"] or {}, r["energy"] or {}, r["train"] or {}
+        cells = {k: latency.get(k) for k in ("p50", "p90", "p99")} | {"per_s": r["throughput_per_s"], "mj": energy.get("mj_per_inference")}
+        cells |= {"step_ms": train.get("ms_per_step"), "step_mj": train.get("mj_per_step")}
+        row = rows.setdefault(r["artifact"], dict.fromkeys(cells))
+        row.update({k: v for k, v in cells.items() if v is not None})
+    return [[name, *(None if v is None else f"{v:.4g}" for v in cells.values())] for name, cells in rows.items()]

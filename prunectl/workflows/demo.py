@@ -11,6 +11,7 @@ from prunectl.recipe import Recipe, resolve
 from prunectl.rundir import RunDir
 from prunectl.workflows.bench import Request as Bench
 from prunectl.workflows.bench import bench
+from prunectl.workflows.bench_plan import plan
 from prunectl.workflows.export import Request as Export
 from prunectl.workflows.export import export
 from prunectl.workflows.find_ticket import find_ticket
@@ -31,7 +32,7 @@ def demo(options: Options, ui: Console) -> dict[str, Any]:
     ui.say(f"3/4  prunectl export {runs[0]} ; prunectl export {runs[1]}")
     exported = {name: export(Export(path=path), ui)["artifacts"][0] for name, path in (("dense", runs[0]), ("ticket", small))}
     ui.say("4/4  prunectl bench --quick, both ONNX files side by side")
-    measured = bench(Bench(paths=tuple(Path(a["path"]) for a in exported.values()), quick=True), ui)
+    measured = bench(Bench(paths=tuple(Path(a["path"]) for a in exported.values()), plan=plan(quick=True)), ui)
     return {
         "schema": 1,
         "verb": "demo",

@@ -70,7 +70,7 @@ def place(profile: Profile | None, host: str | None) -> Place:
         return Nowhere(reason)
 
 
-def default_profile(where: Place) -> str:
+def default_profile(where: Place, python: tuple[str, ...] = Settings.python) -> str:
     """The name of the profile for what stands there; for a board it is asked, and for nowhere the oldest reader is assumed.
 
     Raises DeviceUnavailable if a board does not answer."""
@@ -78,7 +78,7 @@ def default_profile(where: Place) -> str:
         return "gpu"
     if isinstance(where, Nowhere):
         return "tx2"
-    at_once = Settings(repeats=1, idle_s=0, refresh_probe_s=0, warmup_s=0)
+    at_once = Settings(repeats=1, idle_s=0, refresh_probe_s=0, warmup_s=0, python=python)
     release = measure(Job(), at_once, host=where.host, say=lambda text: None).environment["l4t"]
     return "orin" if release and int(release.partition(".")[0]) > NEWEST_TX2 else "tx2"
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from prunectl.bench import energy
-from prunectl.bench.records import Artifact, Power, Rail, RawBench, Telemetry, Window
-from prunectl.bench.report import BenchReport, report
+from prunectl.bench.records import Artifact, Power, Rail, RawBench, Telemetry, Training, Window
+from prunectl.bench.report import BenchReport, report, training_total
 from prunectl.bench.stats import NotMeasured
 
 S = 1_000_000_000
@@ -205,11 +205,13 @@ def test_training_is_per_step():
     assert (dense.ms_per_step, dense.mj_per_step) == (10.0, pytest.approx(60.0, rel=1e-3))  # a step, whatever its batch
     assert dense.steps == 30000 and result.reports[0].latency_ms is None
     assert {r.metric for r in result.ratios} == {"ms_per_step", "mj_per_step"}
-    total = energy.training_total_j(dense.mj_per_step, ticket.mj_per_step, dense_steps=1000, search_steps=100, ticket_steps=900)
+    raw = dataclasses.replace(raw, training=Training("run", "dense", "pruned", dense_steps=1000, search_steps=100, ticket_steps=900))
+    total = training_total(raw, result)
     assert total["dense"] == pytest.approx(60.0, rel=1e-3)
     assert total["ticket"] == pytest.approx(100 * 0.06 + 900 * 0.025, rel=1e-3)
     assert total["ratio"] == pytest.approx(total["ticket"] / total["dense"]) and total["reason"] is None
-    assert energy.training_total_unknown("no sensor") == {"dense": None, "ticket": None, "ratio": None, "reason": "no sensor"}
+    unknown = training_total(dataclasses.replace(raw, training=None, training_reason="no run"), result)
+    assert unknown == {"dense": None, "ticket": None, "ratio": None, "reason": "no run"}
 
 
 def test_a_report_survives_json():
@@ -218,7 +220,7 @@ def test_a_report_survives_json():
 
 
 def test_a_raw_record_survives_json(tmp_path):
-    raw = record(repeats=1, seconds=5.0)
+    raw = dataclasses.replace(record(repeats=1, seconds=5.0), training=Training("run", "dense", "pruned", 9.0, 2.0, 7.0))
     again = RawBench.read(raw.write(tmp_path / "raw.json"))
     assert again == raw
     assert report(again) == report(raw)
