@@ -41,6 +41,7 @@ class Data(_Section):
         None, gt=0, lt=1, description="share of training images kept for validation; null: 0.1 (imagenet 0.02)"
     )
     augment: Literal["none", "crop", "crop-flip", "imagenet"] | None = Field(None, description="null: the data set's own default")
+    final: Literal["test", "val"] = Field("test", description="images of the final accuracy; val while settings are being chosen")
 
 
 class Train(_Section):
@@ -88,6 +89,8 @@ class Ticket(_Section):
     probe_images: int = Field(256, ge=1)
     probes_per_epoch: int = Field(4, ge=1)
     recalibration_batches: int = Field(100, ge=0)
+    draws: int = Field(1, ge=1, description="steps in which the ticket is drawn, each keeping the same share of what the last left")
+    draw_every: float = Field(1.0, gt=0, description="epochs from one draw to the next")
     search_only: bool = False
 
     @model_validator(mode="before")
@@ -99,6 +102,13 @@ class Ticket(_Section):
         if len(given) > 1:
             raise ValueError(f"give one of sparsity, target_macs and target_params, not {' and '.join(given)}")
         return {**value, **({} if given else {"sparsity": 0.5})}
+
+    @model_validator(mode="after")
+    def _several_draws(self) -> Ticket:
+        if self.draws > 1 and (self.weights != "inherit" or self.search_only):
+            other = "search_only" if self.search_only else f"weights = {self.weights}"
+            raise ValueError(f"draws = {self.draws} with {other}: several draws train on in between, with the weights they have")
+        return self
 
     @field_validator("round_to", mode="before")
     @classmethod
@@ -132,7 +142,6 @@ class Sfw(_Section):
         True, description="the published x0.7 / x1.06 rule; off below 60 epochs and under another schedule than multistep"
     )
     channels: tuple[float, ...] = Field((0.25, 0.5, 0.75), description="shares of channels removed for good after group-k-support")
-    split: Literal["test", "val"] = Field("test", description="images of the sweep; val while settings are being chosen")
 
     @field_validator("constraint")
     @classmethod

@@ -1,49 +1,70 @@
-"""The cells: which arms run on which network with which seed, and the command line of each.
-
-A cell that has a JSON in results/ is done. Accuracy cells may run beside other work; wall times are not read from them."""
+"""The cells: which arms run on which network with which seed, and the command line of each."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from benchmarks.cells import NETS, Cell
 
-EPOCHS = 20
-TRAIN_IMAGES = 18_000  # with the carved validation images about 20,000 of Fashion-MNIST's 60,000
-NETS = {"thin": ("resnet8", 1.0), "wide": ("resnet18", 0.25)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the command line. `arm` names what is compared, `verb` and `options` say how."""
-
-    arm: str
-    net: str
-    seed: int
-    verb: str
-    options: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.net}-{self.arm}-s{self.seed}"
-
-    def command(self, out: str) -> list[str]:
-        model, width = NETS[self.net]
-        sets = [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
-        return [
-            *("prunectl", self.verb, model, "fashion-mnist", "--epochs", str(EPOCHS), "--seed", str(self.seed)),
-            *(part for s in sets for part in ("--set", s)),
-            *self.options,
-            *("--out", out, "--json", "--resume", "--no-progress"),
-        ]
+AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
+HALF = ("--sparsity", "0.5")
+RIVALS = "benchmarks.tickets.rivals"
 
 
 def main_job() -> list[Cell]:
     """Dense and default ticket at 50 % of the channels, three seeds, test accuracy."""
     return [
         cell
-        for net in ("thin", "wide")
+        for net in NETS
         for seed in (0, 1, 2)
-        for cell in (Cell("dense", net, seed, "train"), Cell("default50", net, seed, "find-ticket", ("--sparsity", "0.5")))
+        for cell in (Cell("dense", net, seed, "train"), Cell("default50", net, seed, "find-ticket", HALF))
     ]
 
 
-STAGES = {"main-job": main_job}
+def _ticket(arm: str, *options: str, at: tuple[str, ...] = AT_ONCE, program: str = "prunectl") -> list[Cell]:
+    return [Cell(arm, net, 0, "find-ticket", (*HALF, *at, *options), judged="val", program=program) for net in NETS]
+
+
+def _criterion(name: str, *options: str, program: str = "prunectl") -> list[Cell]:
+    return _ticket(name, "--criterion", name, *options, program=program)
+
+
+def draws() -> list[Cell]:
+    """When to draw: an oracle sweep of fixed epochs, and what each detector chooses."""
+    fixed = [cell for at in ("0", "0.5", "1", "2", "4", "8") for cell in _ticket(f"epoch-{at}", at=("--detector", f"epoch:{at}"))]
+    ruled = [
+        *_ticket("detector-spline", at=()),
+        *_ticket(
+            "detector-published",
+            *("--set", "ticket.probe=canvas", "--set", "ticket.probes_per_epoch=1", "--set", "ticket.code=bn"),
+            at=("--eps", "0.16", "--window", "3"),
+        ),
+        *_ticket("detector-early-bird", at=("--detector", "early-bird")),
+        *_ticket("detector-epi", at=("--detector", "epi")),
+    ]
+    return [*[Cell("dense", net, 0, "train", judged="val") for net in NETS], *fixed, *ruled]
+
+
+def criteria() -> list[Cell]:
+    """Which channels go, and what stands in for them, one seed, validation only."""
+    ranked = [
+        cell
+        for name in ("spline", "spline-signed", "spline-published", "l1", "l2", "bn-scale", "fpgm", "taylor", "random")
+        for cell in _criterion(name)
+    ]
+    theirs = [
+        *_criterion("tp-magnitude", program=RIVALS),
+        *_ticket("tp-lamp-global", "--criterion", "tp-lamp", "--scope", "global", program=RIVALS),
+    ]
+    theirs += _ticket("tp-magnitude-global", "--criterion", "tp-magnitude", "--scope", "global", program=RIVALS)
+    spline = [
+        *_ticket("spline-rho-0", "--set", "ticket.rho=0"),
+        *_ticket("spline-rho-0.5", "--set", "ticket.rho=0.5"),
+        *_ticket("spline-merge", "--merge"),
+        *_ticket("spline-bare", "--set", "ticket.repair=none"),
+        *_ticket("spline-global", "--scope", "global"),
+        *_ticket("l2-bare", "--criterion", "l2", "--set", "ticket.repair=none"),
+        *_ticket("scratch", "--set", "ticket.weights=reinit"),
+    ]
+    return [*ranked, *theirs, *spline]
+
+
+STAGES = {"main-job": main_job, "draws": draws, "criteria": criteria}

@@ -21,10 +21,15 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for: share `value` of channels removed (metric "channels"), or of dense "macs" or "params" kept."""
+    """What was asked for: share `value` of channels removed (metric "channels"), or of dense "macs" or "params" kept.
+
+    whole: what the share is of, where that is not the network at hand but the dense one that it was cut from; gone: the
+    channels that went before."""
 
     metric: str
     value: float
+    whole: int | None = None
+    gone: int = 0
 
     @property
     def keeps(self) -> float:

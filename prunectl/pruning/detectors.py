@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunectl.errors import UsageError
-from prunectl.pruning.spline import ActivationCode, LayerCode, activation_code, code_distance, norm_code
+from prunectl.pruning.spline import ActivationCode, activation_code, code_distance, from_tensors, norm_code, to_tensors
 from prunectl.registry import Registry
 
 detectors = Registry("detector", "pruning/detectors.py")
@@ -66,18 +66,10 @@ class Spline:
         return Reading(epoch, distances, full and max(distances) < self.eps and code.alive >= MIN_ALIVE)
 
     def state(self) -> dict[str, Tensor]:
-        state = {}
-        for i, code in enumerate(self.past):
-            state[f"{i}.units"] = torch.tensor([c.units for c in code.layers])
-            for j, c in enumerate(code.layers):
-                state[f"{i}.{j}"] = c.bits
-        return state
+        return to_tensors(self.past)
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        self.past.clear()
-        while (units := state.get(f"{len(self.past)}.units")) is not None:
-            i = len(self.past)
-            self.past.append(ActivationCode(tuple(LayerCode(state[f"{i}.{j}"], int(u)) for j, u in enumerate(units))))
+        self.past = deque(from_tensors(state), maxlen=self.window)
 
 
 @detectors.register

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,24 @@ class ActivationCode:
             varying += int(np.bitwise_count(moved).sum())
             total += c.units
         return varying / max(1, total)
+
+
+def to_tensors(codes: Iterable[ActivationCode]) -> dict[str, Tensor]:
+    """Codes as named tensors, for a checkpoint."""
+    state = {}
+    for i, code in enumerate(codes):
+        state[f"{i}.units"] = torch.tensor([c.units for c in code.layers])
+        state.update({f"{i}.{j}": c.bits for j, c in enumerate(code.layers)})
+    return state
+
+
+def from_tensors(state: Mapping[str, Tensor]) -> list[ActivationCode]:
+    """What `to_tensors` was given; other names in `state` are left alone."""
+    codes: list[ActivationCode] = []
+    while (units := state.get(f"{len(codes)}.units")) is not None:
+        i = len(codes)
+        codes.append(ActivationCode(tuple(LayerCode(state[f"{i}.{j}"], int(u)) for j, u in enumerate(units))))
+    return codes
 
 
 def activation_code(model: nn.Module, probe: Tensor, *, max_bytes: int | None = None) -> ActivationCode:

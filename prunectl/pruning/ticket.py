@@ -80,8 +80,8 @@ def plan_ticket(
 
     def share(dropped: Mapping[str, int]) -> float:
         if budget.metric == "channels":
-            return 1 - sum(dropped.values()) / total
-        return float(getattr(costs.predict(dropped), budget.metric) / getattr(dense, budget.metric))
+            return 1 - (budget.gone + sum(dropped.values())) / (budget.whole or total)
+        return float(getattr(costs.predict(dropped), budget.metric) / (budget.whole or getattr(dense, budget.metric)))
 
     def allocation(sparsity: float, multiple: int) -> dict[str, list[int]]:
         return SCOPES[scope](scores, sparsity=sparsity, round_to=multiple)
@@ -102,6 +102,18 @@ def plan_ticket(
         budget=budget,
         graph=graph,
     )
+
+
+def composed(first: Mapping[str, list[int]], then: Mapping[str, list[int]], widths: Mapping[str, int]) -> dict[str, list[int]]:
+    """Two prunings as one: `then` numbers what `first` has left; the answer, like `first`, the network before both.
+
+    widths: group -> channels before both."""
+    together = {}
+    for name in [*first, *(n for n in then if n not in first)]:
+        gone = set(first.get(name, []))
+        left = [c for c in range(widths[name]) if c not in gone]
+        together[name] = sorted(gone | {left[c] for c in then.get(name, [])})
+    return together
 
 
 def check_against_plan(plan: TicketPlan, module: nn.Module, input_shape: tuple[int, int, int]) -> Cost:

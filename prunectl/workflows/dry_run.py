@@ -8,7 +8,7 @@ from prunectl.console import Console, si
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Ticket
 from prunectl.rundir import RunDir
-from prunectl.workflows.find_ticket import budget_of, preflight
+from prunectl.workflows.draw import budget_of, preflight
 from prunectl.workflows.session import Options, begin
 from prunectl.workflows.sfw_prune import prepared
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from prunectl import dist
 from prunectl.errors import UsageError
 from prunectl.pruning import cost, detectors
-from prunectl.pruning.detectors import Detector, Reading
+from prunectl.pruning.detectors import Detector, Reading, Spline
 from prunectl.pruning.spline import canvas
+from prunectl.pruning.trail import Trail
 from prunectl.recipe import Ticket
 from prunectl.training.loop import Step
 from prunectl.workflows.session import Session
@@ -32,6 +33,9 @@ class Search:
     probe: Tensor
     per_epoch: int
     not_before: float = 0.0
+    trail: Trail = field(default_factory=Trail)
+    draws: int = 1
+    draw_every: float = 1.0
     readings: dict[str, list[Reading]] = field(default_factory=dict)
     fires_at: dict[str, float] = field(default_factory=dict)
     rewind: dict[str, Tensor] = field(default_factory=dict)
@@ -47,7 +51,7 @@ class Search:
             options["tau"] = 1 - options.pop("eps")  # one option for every detector: how far from perfectly settled is settled
         built[name] = {**built.get(name, {}), **options}
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
-        search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch)
+        search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         try:
             watchers["spline"].observe(0.0, session.state.model, search.probe[:1])
         except UsageError:
@@ -61,9 +65,18 @@ class Search:
             search.not_before = float(ticket.weights[7:])
         return search
 
-    def due(self, step: Step) -> bool:
+    def _probes(self, step: Step) -> bool:
         """Whether this step is one of the epoch's evenly spaced probes; the epoch's last step always is."""
         return step.index * self.per_epoch // step.of_epoch > (step.index - 1) * self.per_epoch // step.of_epoch
+
+    def says_draw(self, session: Session, step: Step) -> bool:
+        """Whether a draw is due: the deciding detector fires, or the next of several draws has its epoch."""
+        if not self._probes(step):
+            return False
+        if self.ticket is None:
+            return self.look(session, step)
+        drawn = self.ticket["draws"]
+        return len(drawn) < self.draws and step.done >= drawn[-1]["epoch"] + self.draw_every - 1e-9
 
     def look(self, session: Session, step: Step) -> bool:
         """One probe of the network by every detector; True when the deciding one fires.
@@ -82,6 +95,8 @@ class Search:
                 reading = watcher.observe(round(step.done, 6), model, self.probe)
                 images += len(self.probe) if name == "spline" else 0
                 self.readings[name].append(reading)
+                if isinstance(watcher, Spline):
+                    self.trail.add(reading.epoch, watcher.past[-1])
                 if reading.fires and step.done >= self.not_before:
                     self.fires_at.setdefault(name, reading.epoch)
                     fires = fires or name == self.deciding
@@ -100,12 +115,14 @@ class Search:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"{name}:{k}": v for name, w in self.watchers.items() for k, v in w.state().items()} if self.ticket is None else {}
         tensors.update({f"rewind:{k}": v for k, v in self.rewind.items()} if self.ticket is None else {})
+        tensors.update({f"trail:{k}": v for k, v in self.trail.state().items()})
         readings = {name: [[r.epoch, list(r.distances), r.fires] for r in rows] for name, rows in self.readings.items()}
         return tensors, {"readings": readings, "fires_at": self.fires_at, "ticket": self.ticket}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         for name, watcher in self.watchers.items():
             watcher.restore(_named(tensors, name))
+        self.trail.restore(_named(tensors, "trail"))
         self.rewind = _named(tensors, "rewind")
         self.readings = {name: [Reading(e, tuple(d), f) for e, d, f in rows] for name, rows in meta["readings"].items()}
         self.fires_at, self.ticket = dict(meta["fires_at"]), meta["ticket"]

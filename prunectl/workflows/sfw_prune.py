@@ -175,7 +175,7 @@ def _finish(session: Session, sets: Sets) -> dict[str, Any]:
     with averaged(session.state):
         model = session.state.model
         session.write_model("model", model)
-        dense = session.accuracy(s.split, model)
+        dense = session.accuracy(recipe.data.final, model)
         rows = sweep(session, model, s)
         at_pattern = pattern(session, model, s) if s.wants_pattern else None
         tickets = channel_tickets(session, model, s) if s.constraint == "group-k-support" and s.channels else None
@@ -185,7 +185,7 @@ def _finish(session: Session, sets: Sets) -> dict[str, Any]:
     return session.result(
         "pruned",
         epochs=recipe.train.epochs,
-        accuracy={"dense": dense.top1, "dense_top5": dense.top5, "split": s.split},
+        accuracy={"dense": dense.top1, "dense_top5": dense.top5, "split": recipe.data.final},
         sweep=rows,
         pattern=at_pattern,
         channel_tickets=tickets,
@@ -206,7 +206,7 @@ def _write_files(session: Session, sets: Sets, rows: list[dict[str, Any]], dense
     path, recipe = session.run.path, session.recipe
     write_csv(path / "sweep.csv", rows)
     title = f"{recipe.model.name} on {recipe.data.name}, constraint {sets.settings.constraint}, {recipe.train.epochs} epochs"
-    plot_sweep(path / "sweep.png", rows, dense=dense, title=title, split=sets.settings.split)
+    plot_sweep(path / "sweep.png", rows, dense=dense, title=title, split=recipe.data.final)
     if sets.scales:
         write_json(path / "sfw_init.json", {"schema": 1, "scales": sets.scales})
 

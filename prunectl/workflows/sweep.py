@@ -50,7 +50,7 @@ def calibration_images(images: Dataset, batches: int) -> Iterator[Tensor]:
 def sweep(session: Session, model: nn.Module, settings: Sfw) -> list[dict[str, Any]]:
     """One row a ratio. nonzero and total count the ranked tensors."""
     rows = []
-    label = f"one-shot sweep on {settings.split} images"
+    label = f"one-shot sweep on {session.recipe.data.final} images"
     for share in session.ui.track(settings.sparsity, total=len(settings.sparsity), label=label):
         twin = pruned(model, share, settings)
         ranked = oneshot.prunable(twin, settings.scope).values()
@@ -95,7 +95,7 @@ def channel_tickets(session: Session, model: nn.Module, settings: Sfw) -> list[d
                 "params": small_cost.params,
                 "macs": small_cost.macs,
                 **measured,
-                "accuracy_reconstructed": _accuracy(session, repaired, settings),
+                "accuracy_reconstructed": _accuracy(session, repaired),
                 "saved": name,
             }
         )
@@ -125,13 +125,13 @@ def smallest_channels(scores: Mapping[str, Tensor], share: float) -> dict[str, l
 
 def _measured(session: Session, model: nn.Module, settings: Sfw) -> dict[str, float | None]:
     """The model's batch-norm statistics are new afterwards."""
-    raw = _accuracy(session, model, settings)
+    raw = _accuracy(session, model)
     seen = _recalibrate_(session, model, settings)
-    return {"accuracy_raw": raw, "accuracy_bn_recalibrated": _accuracy(session, model, settings) if seen else None}
+    return {"accuracy_raw": raw, "accuracy_bn_recalibrated": _accuracy(session, model) if seen else None}
 
 
-def _accuracy(session: Session, model: nn.Module, settings: Sfw) -> float:
-    return session.accuracy(settings.split, model).top1
+def _accuracy(session: Session, model: nn.Module) -> float:
+    return session.accuracy(session.recipe.data.final, model).top1
 
 
 def _recalibrate_(session: Session, model: nn.Module, settings: Sfw) -> int:

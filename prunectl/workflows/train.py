@@ -13,7 +13,7 @@ from prunectl.workflows.session import Options, averaged, begin, fit, from_disk,
 def train(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:
     """Trains and returns the result; a finished run answers from disk.
 
-    The network is saved as model/ in the run folder. Test accuracy is read once, at the end."""
+    The network is saved as model/ in the run folder. The accuracy on `data.final` images is read once, at the end."""
     options, ui = options or Options(), ui or Console(verbosity=-1)
     with run_folder(recipe, options) as run:
         if run.finished:
@@ -24,13 +24,13 @@ def train(recipe: Recipe, options: Options | None = None, ui: Console | None = N
         for _ in fit(session):
             pass
         with averaged(session.state):
-            test = session.accuracy("test", session.state.model)
+            final = session.accuracy(recipe.data.final, session.state.model)
             session.write_model("model", session.state.model)
         counted = cost.count(session.state.model, session.input_shape)
         return session.result(
             "trained" if recipe.train.epochs else "untrained",
             epochs=recipe.train.epochs,
-            accuracy={"top1": test.top1, "top5": test.top5, "split": "test"},
+            accuracy={"top1": final.top1, "top5": final.top5, "split": recipe.data.final},
             params=counted.params,
             macs=counted.macs,
             flops=counted.flops,
@@ -41,12 +41,13 @@ def train(recipe: Recipe, options: Options | None = None, ui: Console | None = N
 
 
 def show(result: dict[str, Any], ui: Console) -> None:
+    split = result["accuracy"]["split"]
     ui.table(
         f"{result['model']} on {result['dataset']}, {result['epochs']} epochs",
         ["", "value"],
         [
-            ["test accuracy, top 1", f"{result['accuracy']['top1']:.2f} %"],
-            ["test accuracy, top 5", f"{percent(result['accuracy']['top5'])} %" if result["accuracy"]["top5"] is not None else None],
+            [f"{split} accuracy, top 1", f"{result['accuracy']['top1']:.2f} %"],
+            [f"{split} accuracy, top 5", f"{percent(result['accuracy']['top5'])} %" if result["accuracy"]["top5"] is not None else None],
             ["parameters", si(result["params"])],
             ["MACs an image", si(result["macs"])],
             ["training FLOPs", si(result["training_flops"])],

@@ -14,7 +14,7 @@ from prunectl.errors import Unsatisfiable
 from prunectl.pruning.budget import TOLERANCE, Budget
 from prunectl.pruning.cost import count
 from prunectl.pruning.surgery import compact
-from prunectl.pruning.ticket import check_against_plan, plan_ticket
+from prunectl.pruning.ticket import check_against_plan, composed, plan_ticket
 
 SHAPE = (1, 28, 28)
 EXAMPLE = torch.zeros(1, *SHAPE)
@@ -43,6 +43,38 @@ def test_twenty_random_budgets_are_met_within_two_percent_or_refused(name: str) 
             share = getattr(counted, budget.metric) / getattr(dense, budget.metric)
             assert abs(share - budget.value) <= TOLERANCE * budget.value
     assert met, "every budget was refused"
+
+
+def test_two_prunings_in_turn_are_the_one_that_they_compose_to() -> None:
+    """Pruning what was pruned, and pruning once by the composed plan, leave the same network."""
+    model = network("resnet8").eval()
+    first = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.3), criterion="l2")
+    once = compact(model, first.dropped, EXAMPLE).module
+    second = plan_ticket(once, EXAMPLE, budget=Budget("channels", 0.3), criterion="random")
+    twice = compact(once, second.dropped, EXAMPLE).module
+    widths = {name: width for name, (width, _) in first.widths.items()}
+    direct = compact(model, composed(first.dropped, second.dropped, widths), EXAMPLE).module
+    assert second.dropped and count(twice, SHAPE).params < count(once, SHAPE).params
+    for (name, a), (_, b) in zip(twice.state_dict().items(), direct.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("metric", "value"), [("channels", 0.6), ("macs", 0.2), ("params", 0.2)])
+def test_a_budget_can_be_told_from_the_network_before(metric: str, value: float) -> None:
+    model = network("resnet20").eval()
+    dense = count(model, SHAPE)
+    first = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.3), criterion="l2")
+    once = compact(model, first.dropped, EXAMPLE).module
+    gone = sum(len(d) for d in first.dropped.values())
+    channels = sum(before for before, _ in first.widths.values())
+    whole = channels if metric == "channels" else getattr(dense, metric)
+    budget = Budget(metric, value, whole=whole, gone=gone if metric == "channels" else 0)
+    second = plan_ticket(once, EXAMPLE, budget=budget, criterion="l2")
+    if metric == "channels":
+        removed = gone + sum(len(d) for d in second.dropped.values())
+        assert abs(removed / channels - value) <= TOLERANCE * value
+    else:
+        assert abs(getattr(second.cost, metric) / getattr(dense, metric) - value) <= TOLERANCE * value
 
 
 def test_the_model_is_left_alone_and_two_plans_are_equal() -> None:

@@ -354,6 +354,35 @@ def test_a_target_is_met_within_two_percent_after_rounding(tmp_path, flag, quant
     assert result[quantity]["ticket"] / result[quantity]["dense"] == pytest.approx(0.6, rel=0.02)
 
 
+def test_drawn_in_steps_the_ticket_meets_its_budget_and_replays_as_one(tmp_path):
+    done = prunectl(*FIND, "--epochs", "3", "--detector", "epoch:1", "--target-macs", "0.6", "--set", "ticket.draws=2", "--out", tmp_path)
+    assert done.code == 0, done
+    run = only_run(tmp_path)
+    ticket, plan, result = (json.loads((run / name).read_text()) for name in ("ticket.json", "compact/plan.json", "result.json"))
+    assert [d["epoch"] for d in ticket["draws"]] == [1.0, 2.0] and len(plan["steps"]) == 2
+    shares = [d["macs"] / result["macs"]["dense"] for d in ticket["draws"]]
+    assert shares[0] == pytest.approx(0.6**0.5, rel=0.02) and shares[1] == pytest.approx(0.6, rel=0.02)
+    dense = compactmodel.read(run / "dense").module()
+    assert cost.count(dense, (1, 28, 28)).macs == result["macs"]["dense"]
+    at_once = replay(dense, [ticket["dropped"]], torch.zeros(1, 1, 28, 28))
+    assert {k: v.shape for k, v in at_once.state_dict().items()} == {k: v.shape for k, v in package.load(run).state_dict().items()}
+
+
+def test_several_draws_keep_the_weights_that_they_have(tmp_path):
+    refused = prunectl(*FIND, "--set", "ticket.draws=2", "--set", "ticket.weights=reinit", "--out", tmp_path)
+    refused.refused(2, "draws = 2", "reinit")
+
+
+def test_the_search_is_kept_as_numbers_and_as_a_picture(found):
+    run, _ = found
+    table = list(csv.DictReader((run / "distances.csv").open(newline="")))
+    kept = json.loads((run / "probes.json").read_text())["matrix"]
+    assert [float(row["epoch"]) for row in table] == kept["epochs"] and kept["epochs"][-1] == 1.0
+    deciding = _result(run)["detectors"]["spline"]["distances"][-1]["to"]
+    assert kept["distances"][-1][-2] == pytest.approx(deciding[0], abs=0.02)  # the matrix samples the units
+    assert (run / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_round_to_and_scope(tmp_path):
     run = _search_only(tmp_path, "--round-to", "4", "--scope", "global", "--set", "model.width=1", "--sparsity", "0.4")
     ticket = json.loads((run / "ticket.json").read_text())

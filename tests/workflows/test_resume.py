@@ -27,10 +27,17 @@ from prunectl.workflows.train import train
 
 EPOCHS = 4
 SMALL = ["model.width=0.5", "data.train_images=300", "data.val_fraction=0.02", "train.batch_size=50", f"train.epochs={EPOCHS}"]
-# a draw in the middle of an epoch, so that a crash before, in and after the epoch of the draw is met
+# two draws in the middle of epochs, so that a crash before, between and after them is met
 SETTINGS = {
     "train": [*SMALL, "train.ema=0.9"],
-    "find-ticket": [*SMALL, "ticket.detector=epoch:1.5", "ticket.probes_per_epoch=2", "train.ema=0.9", "train.distill=0.5"],
+    "find-ticket": [
+        *SMALL,
+        "ticket.detector=epoch:1.5",
+        "ticket.probes_per_epoch=2",
+        "ticket.draws=2",
+        "train.ema=0.9",
+        "train.distill=0.5",
+    ],
 }
 WORKFLOWS = {"train": train, "find-ticket": find_ticket}
 VERBS = list(SETTINGS)

@@ -1,0 +1,97 @@
+"""Cells of a comparison: one command line of the tool, one committed JSON; a cell that has its JSON is done.
+
+Accuracy cells may run beside other work; wall times are not read from them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EPOCHS = 20
+TRAIN_IMAGES = 18_000  # with the carved validation images about 20,000 of Fashion-MNIST's 60,000
+NETS = {"thin": ("resnet8", 1.0), "wide": ("resnet18", 0.25)}
+BULKY = ("distances", "detectors", "versions", "warnings")  # kept in the run folder
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the command line. `arm` names what is compared, `verb` and `options` say how.
+
+    judged: `val` while an arm is being chosen, so that no test image is read; then `test`. full: all training images, full width."""
+
+    arm: str
+    net: str
+    seed: int
+    verb: str
+    options: tuple[str, ...] = ()
+    judged: str = "test"
+    program: str = "prunectl"
+    full: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.net, self.arm, *(["val"] if self.judged == "val" else []), f"s{self.seed}"])
+
+    def command(self, out: str) -> list[str]:
+        model, width = NETS[self.net]
+        sets = [] if self.full else [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
+        sets += ["data.final=val"] if self.judged == "val" else []
+        return [
+            *(self.program, self.verb, model, "fashion-mnist", "--epochs", str(EPOCHS), "--seed", str(self.seed)),
+            *(part for s in sets for part in ("--set", s)),
+            *self.options,
+            *("--out", out, "--json", "--resume", "--no-progress"),
+        ]
+
+
+def run(cell: Cell, runs: str, results: Path) -> None:
+    """Runs one cell, its log on stderr, and writes its result when the command ended well (0) or found no ticket (3)."""
+    program, *arguments = cell.command(runs)
+    done = subprocess.run([sys.executable, "-m", program, *arguments], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 3):
+        sys.exit(f"{cell.name}: exit {done.returncode}: {' '.join(cell.command(runs))}")
+    result = json.loads(done.stdout)
+    kept = {k: v for k, v in result.items() if k not in BULKY}
+    kept["run"] = Path(result["run"]).name
+    kept.update({k: Path(v).name for k, v in kept.items() if k in ("ticket", "compact", "dense", "saved") and v})
+    if "detectors" in result:
+        kept["detectors"] = {name: {"fires_at": d["fires_at"]} for name, d in result["detectors"].items()}
+        kept["curves"] = {
+            name: [[d["epoch"], d["max"]] for d in found["distances"] if d["max"] is not None]
+            for name, found in result["detectors"].items()
+        }
+    kept["versions"] = {k: result["versions"][k] for k in ("prunectl", "torch")}
+    record = {"cell": cell.name, "arm": cell.arm, "net": cell.net, "seed": cell.seed, "judged": cell.judged}
+    record |= {"command": " ".join(cell.command("runs")), "result": kept}
+    results.mkdir(exist_ok=True)
+    (results / f"{cell.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The committed cells, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+
+
+def main(stages: Mapping[str, Callable[[], Sequence[Cell]]], results: Path, description: str) -> None:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("stage", choices=stages)
+    parser.add_argument("--net", choices=NETS)
+    parser.add_argument("--only", default="", help="cells whose name holds this")
+    parser.add_argument("--runs", default="runs/cells")
+    parser.add_argument("--list", action="store_true", help="what is done and what is not, and run nothing")
+    args = parser.parse_args()
+    for cell in stages[args.stage]():
+        if args.net not in (None, cell.net) or args.only not in cell.name:
+            continue
+        done = (results / f"{cell.name}.json").is_file()
+        if args.list:
+            print("done" if done else "open", cell.name)
+        elif not done:
+            print(f"== {cell.name}", file=sys.stderr, flush=True)
+            run(cell, args.runs, results)

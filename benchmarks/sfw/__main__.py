@@ -1,0 +1,8 @@
+"""python -m benchmarks.sfw STAGE [--net thin|wide] [--only TEXT] [--runs DIR] [--list]: runs the cells that have no result yet."""
+
+from pathlib import Path
+
+from benchmarks.cells import main
+from benchmarks.sfw.cells import STAGES
+
+main(STAGES, Path(__file__).parent / "results", str(__doc__))
