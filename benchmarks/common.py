@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,23 @@ def paired(first: Callable[[], object], second: Callable[[], object], *, pairs: 
     return statistics.median(a for a, _ in times), statistics.median(b for _, b in times), statistics.median(a / b for a, b in times)
 
 
-def header(title: str) -> None:
+def interleaved(work: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of every call, `rounds` times over, all of them in turn within a round so that what else runs here hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(warm_up + rounds):
+        for name, call in work.items():
+            took = seconds(call)
+            if turn >= warm_up:
+                times[name].append(took)
+    return times
+
+
+def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
-    print(
-        f"## {title}\n{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; {versions()}",
-        flush=True,
-    )
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "versions": versions()}
+
+
+def header(title: str) -> None:
+    m = machine()
+    print(f"## {title}\n{m['cpu']}, {m['cores']} cores, {torch.get_num_threads()} threads, load {m['load']}; {m['versions']}", flush=True)

@@ -225,6 +225,47 @@ def test_without_gpu_or_host_there_is_a_bundle_that_works_up_to_trtexec(ticket, 
     assert document["profile"] == "tx2" and document["note"].startswith("no engine: ")
 
 
+# -- an exporter that does not do what it was asked ----------------------------------------------------------------------
+
+
+def nudged(model):
+    """One weight off by a tenth of its layer's standard deviation."""
+    kernel = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    values = numpy_helper.to_array(kernel).copy()
+    values.flat[np.abs(values).argmax()] += 0.1 * values.std()
+    kernel.CopyFrom(numpy_helper.from_array(values, kernel.name))
+
+
+def turned(model):
+    """Height and width of one kernel swapped."""
+    kernel = next(t for t in model.graph.initializer if len(t.dims) == 4 and t.dims[2] == 3)
+    kernel.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(kernel).swapaxes(2, 3).copy(), kernel.name))
+
+
+def newer(model):
+    model.opset_import[0].version = 18
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(nudged, "not the network"), (turned, "not the network"), (newer, "asked for opset 13 and torch's torchscript exporter wrote 18")],
+)
+def test_a_wrong_export_is_caught_and_leaves_no_file(fault, words, ticket, tmp_path, monkeypatch):
+    right = torch.onnx.export
+
+    def wrong(module, args, file, **options):
+        right(module, args, file, **options)
+        model = onnx.load_from_string(file.getvalue())
+        fault(model)
+        file.seek(0)
+        file.truncate()
+        file.write(model.SerializeToString())
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    prunectl("export", ticket, "--profile", "tx2", "--out", tmp_path / "out", "-q").refused(4, words)
+    assert not (tmp_path / "out").exists()
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 
