@@ -61,7 +61,7 @@ def precision(result: dict[str, Any]) -> Iterator[str]:
         "",
         f"{result['model']} on {result['dataset']} ({result['run']}): the files for ONNX Runtime, and the INT8 graph that TensorRT",
         f"reads, run by ONNX Runtime for its accuracy. Goal: INT8 within {INT8_SLACK:g} point of FP32, else the layers that lost most",
-        f"are named below. {result['rounds']} rounds in turn, {result['threads']} threads, batch 1: medians, and FP32's time over the file's.",
+        f"are named below. {result['rounds']} rounds in turn, {result['threads']} threads, batch 1: medians, FP32's time over the file's.",
         "",
         *origin(result),
         *export_precision.table(result),
