@@ -30,7 +30,8 @@ class Cost:
     """What a graph stores and does, for one image.
 
     params: numbers in the file's floating-point or quantised weights, after BN was folded in. kernel_params: those that
-    a convolution or a matrix product multiplies by; folding BN leaves this number alone, so it equals the network's.
+    a convolution or a matrix product multiplies by, layers of nothing but zeros left out, which exporters store once for
+    several; folding BN leaves this number alone, so it equals the network's.
     macs: multiply-accumulates of convolutions and matrix products."""
 
     params: int
@@ -214,7 +215,7 @@ def cost(model: ModelProto) -> Cost:
             continue
         for name in node.input[:2]:
             tensor = view.weight(name)
-            if tensor is not None and len(tensor.dims) >= 2:
+            if tensor is not None and len(tensor.dims) >= 2 and numpy_helper.to_array(tensor).any():
                 kernels[tensor.name] = math.prod(tensor.dims)
         macs += _macs(view, node)
     return Cost(sum(_stored(view)), sum(kernels.values()), macs // batch)

@@ -178,7 +178,7 @@ def _rounded(values: NDArray[np.float32], spec: InputSpec) -> NDArray[np.float32
 
 
 def _kernel_params(module: nn.Module, spec: InputSpec) -> int:
-    """Numel of the distinct operands of convolutions and products that do not depend on the input.
+    """Numel of the distinct operands of convolutions and products that do not depend on the input and are not all zero.
 
     They are told by autograd: with the weights frozen and the input not, exactly these need no gradient."""
     twin = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
@@ -189,7 +189,9 @@ def _kernel_params(module: nn.Module, spec: InputSpec) -> int:
 
 
 class _Operands(TorchDispatchMode):
-    """Collects the sizes of input-independent operands by where they lie in memory, so that shared ones count once."""
+    """Collects the sizes of input-independent operands by where they lie in memory, so that shared ones count once.
+
+    An operand of nothing but zeros is left out, as in `graph.cost`."""
 
     PRODUCTS = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
 
@@ -201,7 +203,7 @@ class _Operands(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func.overloadpacket in self.PRODUCTS:
             for operand in args:
-                if isinstance(operand, Tensor) and operand.ndim >= 2 and not operand.requires_grad:
+                if isinstance(operand, Tensor) and operand.ndim >= 2 and not operand.requires_grad and operand.any():
                     stored = operand.untyped_storage().nbytes() // operand.element_size()
                     self.sizes[operand.data_ptr()] = min(operand.numel(), stored)  # an expanded one repeats what is stored
                     self._alive.append(operand)

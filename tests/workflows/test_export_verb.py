@@ -191,6 +191,13 @@ def test_a_share_of_zeros_is_exact_and_its_worth_is_said(nm, tmp_path):
     assert document["zeros"] in prunectl("export", nm, "--out", tmp_path, "--profile", "orin", "--sparsity", "0.9").out
 
 
+def test_layers_of_nothing_but_zeros_are_no_mismatch(ticket, tmp_path):
+    """An exporter stores equal ones once; ranked together, whole layers go."""
+    _, path = exported(ticket, tmp_path, "--profile", "orin", "--sparsity", "0.999")
+    assert sum(not w.any() for w in kernels(path)) > 1
+    assert "-s0.999-" in path.name
+
+
 @pytest.mark.parametrize("run", ["nm", "ticket"])
 def test_two_of_four_holds_along_the_input_channels(run, request, tmp_path):
     document, path = exported(request.getfixturevalue(run), tmp_path, "--profile", "orin", "--sparsity", "2:4")
@@ -293,11 +300,21 @@ def test_options_that_cannot_be_met(options, words, ticket, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_none(ticket, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    prunectl("export", ticket, "--out", tmp_path / "file").refused(2, "file is a file", "--out")
+    prunectl("export", ticket, "--out", tmp_path / "file" / "below").refused(2, "file is a file", "--out")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_not_a_run(tmp_path, monkeypatch):
+    (tmp_path / "done.onnx").write_bytes(b"x")
+    prunectl("export", tmp_path / "done.onnx").refused(2, "an ONNX file already", "--lint-only")
+    (tmp_path / "done.onnx").unlink()
     (tmp_path / "thesis.txt").write_text("words")
     prunectl("export", tmp_path).refused(2, "holds no saved network")
     prunectl("export", tmp_path / "nothing").refused(2, "there is no run or saved network at")
-    assert prunectl("export", tmp_path / "thesis.txt").code in (2, 4)
+    prunectl("export", tmp_path / "thesis.txt").refused(4, "thesis.txt")
     monkeypatch.chdir(tmp_path)
     prunectl("export").refused(2, "runs/latest")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]

@@ -1,0 +1,96 @@
+"""What is exported: a saved network, pruned once more if that is asked for, and the images it was trained for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunectl import data
+from prunectl.data import Dataset
+from prunectl.errors import UsageError
+from prunectl.pruning.recalibrate import recalibrate_
+from prunectl.recipe import Recipe, Sfw, read_back
+from prunectl.rundir import RunDir
+from prunectl.training import compactmodel
+from prunectl.training.compactmodel import CompactModel
+from prunectl.workflows.sweep import calibration_images, pruned, pruned_nm
+
+FINAL = {"train": "top1", "find-ticket": "final", "sfw-prune": "dense"}  # what a verb calls the accuracy of the network it leaves
+Pattern = tuple[int, int]
+
+
+def parse_sparsity(text: str) -> float | Pattern:
+    """A share of the weights, or (N, M). Raises UsageError."""
+    if ":" in text:
+        n, _, m = text.partition(":")
+        if n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m):
+            return int(n), int(m)
+        raise UsageError(f"--sparsity {text}: expected N:M with N below M, e.g. 2:4, or a share such as 0.9")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UsageError(f"--sparsity {text}: expected a share between 0 and 1, e.g. 0.9, or a pattern such as 2:4")
+    return share
+
+
+def home(network: Path) -> Path:
+    """The run folder that holds a saved network, else the network's own."""
+    folder = network.resolve()
+    return folder.parent if RunDir(folder.parent).recipe.is_file() else folder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A saved network and what the run around it was asked for, if one is."""
+
+    saved: CompactModel
+    recipe: Recipe | None
+    data_dir: Path | None
+
+    @classmethod
+    def at(cls, path: Path, data_dir: Path | None) -> Source:
+        """Raises UsageError when `path` is neither a finished run nor a saved network, CorruptFile."""
+        if path.suffix == ".onnx" and path.is_file():
+            raise UsageError(f"{path} is an ONNX file already: check it with --lint-only, time it with prunectl bench; expected a run")
+        saved = compactmodel.read(compactmodel.locate(path))
+        run = RunDir(home(saved.path))
+        return cls(saved, read_back(run.recipe) if run.recipe.is_file() else None, data_dir)
+
+    def dataset(self, **part: Any) -> Dataset:
+        """The network's own images, seen as it saw them. part: `val_fraction`, `train_images`, where not all were trained on.
+
+        Raises DataMissing."""
+        info = self.saved.plan["data"]
+        folder = self.data_dir or (self.recipe.data.dir if self.recipe else None)
+        fit = info["fit"] if info["fit"] in ("pad", "resize") else "pad"
+        return data.load(info["name"], data_dir=folder, image_size=info["image_size"], fit=fit, **part)
+
+    def network(self, sparsity: float | Pattern | None) -> nn.Module:
+        """The saved network, or it pruned once as one row of a sweep: batch norm re-estimated on the training images of its run.
+
+        What is ranked and how comes from the run's recipe, or is the default of sfw-prune. Raises DataMissing."""
+        module = self.saved.module()
+        if sparsity is None:
+            return module
+        settings = (self.recipe.sfw if self.recipe else None) or Sfw()
+        module = pruned_nm(module, *sparsity) if isinstance(sparsity, tuple) else pruned(module, sparsity, settings)
+        if settings.bn_recal:
+            trained_on = self.recipe.data if self.recipe else None
+            part = {"val_fraction": trained_on.val_fraction, "train_images": trained_on.train_images} if trained_on else {}
+            recalibrate_(module, calibration_images(self.dataset(**part), settings.bn_recal))
+        return module
+
+    def test_accuracy(self) -> float | None:
+        """What its run measured of this very network on the test split, in percent; None where it did not."""
+        run = RunDir(home(self.saved.path))
+        if not run.finished or compactmodel.locate(run.path) != self.saved.path.resolve():
+            return None
+        result = run.read_result()
+        found = result.get("accuracy", {})
+        final = found.get(FINAL.get(result.get("verb", ""), ""))
+        return float(final) if final is not None and found.get("split", "test") == "test" else None
