@@ -91,6 +91,7 @@ class Ticket(_Section):
     recalibration_batches: int = Field(100, ge=0)
     draws: int = Field(1, ge=1, description="steps in which the ticket is drawn, each keeping the same share of what the last left")
     draw_every: float = Field(1.0, gt=0, description="epochs from one draw to the next")
+    rewarm_epochs: float = Field(0.0, ge=0, description="after a draw the learning rate climbs back to the schedule's over so many epochs")
     search_only: bool = False
 
     @model_validator(mode="before")

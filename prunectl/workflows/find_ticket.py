@@ -5,6 +5,7 @@ physically, re-estimate batch norm, carry the momentum over; train the small net
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prunectl import dist
@@ -14,7 +15,7 @@ from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Ticket
 from prunectl.workflows.draw import draw, preflight
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Options, Session, averaged, begin, fit, from_disk, run_folder
+from prunectl.workflows.session import Options, Session, averaged, begin, enter, fit, from_disk, run_folder
 
 
 def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:
@@ -27,12 +28,32 @@ def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | No
         settings = recipe.ticket or Ticket()
         preflight(session, settings)
         search = Search.of(session, settings)
-        for step in fit(session, search):
+        if enter(session, search) and search.at_once:
+            search.ticket = draw(session, settings, search, 0.0)
+        if search.ticket and settings.search_only:
+            return _finish(session, settings, search)
+        for step in fit(session, search, rate_of(session, search, settings.rewarm_epochs)):
             if search.says_draw(session, step):
                 search.ticket = draw(session, settings, search, step.done)
                 if settings.search_only:
                     break
         return _finish(session, settings, search)
+
+
+def rate_of(session: Session, search: Search, rewarm_epochs: float) -> Callable[[float], float]:
+    """The recipe's learning rate, which after each draw climbs back from 0 over `rewarm_epochs`.
+
+    A freshly cut network at the full rate can throw its weights far out, and behind batch norm large weights learn slowly
+    for the rest of the schedule."""
+
+    def rate(done: float) -> float:
+        full = session.rate(done)
+        if search.ticket is None or not rewarm_epochs:
+            return full
+        since = done * session.recipe.train.epochs - search.ticket["draws"][-1]["epoch"]
+        return full * min(1.0, max(0.0, since) / rewarm_epochs)
+
+    return rate
 
 
 def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from prunectl import dist
 from prunectl.errors import UsageError
 from prunectl.pruning import cost, detectors
-from prunectl.pruning.detectors import Detector, Reading, Spline
+from prunectl.pruning.detectors import Detector, Epoch, Reading, Spline
 from prunectl.pruning.spline import canvas
 from prunectl.pruning.trail import Trail
 from prunectl.recipe import Ticket
@@ -64,6 +64,12 @@ class Search:
         if ticket.weights.startswith("rewind:"):
             search.not_before = float(ticket.weights[7:])
         return search
+
+    @property
+    def at_once(self) -> bool:
+        """Whether the ticket is that of the network as it was made, before a step of training."""
+        deciding = self.watchers[self.deciding]
+        return isinstance(deciding, Epoch) and deciding.at == 0
 
     def _probes(self, step: Step) -> bool:
         """Whether this step is one of the epoch's evenly spaced probes; the epoch's last step always is."""

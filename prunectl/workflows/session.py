@@ -266,16 +266,21 @@ def reset_average(session: Session) -> None:
     session.state.average = {k: v.detach().clone() for k, v in weights.items()} if session.recipe.train.ema else None
 
 
+def enter(session: Session, keeper: Keeper | None = None) -> bool:
+    """Makes the folder the run's, and goes back to its newest checkpoint; True where there is none and training is to begin."""
+    record(session)
+    dist.together()
+    new = not _resume(session, keeper)
+    dist.together()
+    return new
+
+
 def fit(session: Session, keeper: Keeper | None = None, rate: Callable[[float], float] | None = None) -> Iterator[Step]:
-    """Trains to the end of the schedule from wherever the checkpoints are; the caller's `for` body acts between steps.
+    """Trains to the end of the schedule from where `enter` has left the session; the caller's `for` body acts between steps.
 
     rate: share of the schedule done -> learning rate; None: the recipe's own.
     At the end of each epoch, after the body: validation accuracy, one line, metrics, a checkpoint. Raises Diverged."""
     s, t = session, session.recipe.train
-    record(s)
-    dist.together()
-    _resume(s, keeper)
-    dist.together()
     if s.state.epoch == 0 and t.epochs:
         _save(s, keeper)
     per_epoch, size = s.batches if t.epochs else (1, 1)
@@ -385,15 +390,15 @@ def _save(s: Session, keeper: Keeper | None) -> None:
     checkpoint.save(s.run.checkpoints, s.state.epoch, tensors, meta)
 
 
-def _resume(s: Session, keeper: Keeper | None) -> None:
-    """The newest whole checkpoint, where there is one: weights, pruning, momentum, average and the keeper's state."""
+def _resume(s: Session, keeper: Keeper | None) -> bool:
+    """Whether there is one: the newest whole checkpoint, where there is one: weights, pruning, momentum, average and the keeper's state."""
     found, passed_over = checkpoint.newest(s.run.checkpoints)
     for sentence in passed_over:
         s.ui.warn(f"{sentence}; " + (f"taking that of epoch {found.epoch} instead" if found else "there is none before it"))
     if found is None:
         if s.resume:
             s.ui.say(f"nothing to resume in {s.run.path}: starting from the beginning")
-        return
+        return False
     if found.meta["steps"] != s.steps:
         s.steps = found.meta["steps"]
         adopt(s, compactmodel.rebuild(s.arguments, s.steps))
@@ -415,6 +420,7 @@ def _resume(s: Session, keeper: Keeper | None) -> None:
     s.state.epoch, s.spent_flops, s.wall_before_s = found.epoch, found.meta["spent_flops"], found.meta["wall_s"]
     s.rows = found.meta["rows"]
     s.ui.say(f"resumed {s.run.path} after epoch {found.epoch}")
+    return True
 
 
 def _saved_epoch(run: RunDir) -> int | None:

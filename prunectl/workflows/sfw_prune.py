@@ -26,12 +26,12 @@ from prunectl.pruning.sfw_init import sfw_init_
 from prunectl.pruning.sfw_schedule import adaptive_scale
 from prunectl.recipe import Recipe, Sfw, Train
 from prunectl.rundir import RunDir
-from prunectl.training import checkpoint
 from prunectl.workflows.session import (
     Options,
     Session,
     averaged,
     begin,
+    enter,
     fit,
     from_disk,
     momentum_sgd,
@@ -53,7 +53,8 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
         if run.finished:
             return from_disk(run, ui)
         session, sets = prepared(recipe, run, options, ui)
-        start_inside(session, sets)
+        if enter(session, sets):
+            start_inside(session, sets)
         for step in fit(session, sets, rate_of(session, sets.settings)):
             if step.summary:
                 sets.note(session, step.summary.epoch)
@@ -132,8 +133,7 @@ def start_inside(session: Session, sets: Sets) -> None:
     optimizer = session.state.optimizer
     if not isinstance(optimizer, SFW):
         return
-    resumes = not session.run.replaced and checkpoint.newest(session.run.checkpoints)[0] is not None
-    if sets.settings.sfw_init and not resumes:
+    if sets.settings.sfw_init:
         sets.scales = _initialised(session, sets)
     optimizer.feasible_()
     reset_average(session)

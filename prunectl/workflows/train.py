@@ -7,7 +7,7 @@ from typing import Any
 from prunectl.console import Console, percent, si
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe
-from prunectl.workflows.session import Options, averaged, begin, fit, from_disk, run_folder, training_images_per_s
+from prunectl.workflows.session import Options, averaged, begin, enter, fit, from_disk, run_folder, training_images_per_s
 
 
 def train(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:
@@ -21,6 +21,7 @@ def train(recipe: Recipe, options: Options | None = None, ui: Console | None = N
         session = begin(recipe, run, options, ui)
         if session.steps == [] and recipe.start:
             ui.detail(f"starting from {recipe.start}")
+        enter(session)
         for _ in fit(session):
             pass
         with averaged(session.state):

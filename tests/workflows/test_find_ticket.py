@@ -368,6 +368,30 @@ def test_drawn_in_steps_the_ticket_meets_its_budget_and_replays_as_one(tmp_path)
     assert {k: v.shape for k, v in at_once.state_dict().items()} == {k: v.shape for k, v in package.load(run).state_dict().items()}
 
 
+@pytest.mark.parametrize("flags", [(), ("--search-only",)])
+def test_a_draw_at_epoch_0_is_of_the_network_as_it_was_made(tmp_path, flags):
+    done = prunectl(*FIND, "--epochs", "2", "--detector", "epoch:0", *flags, "--out", tmp_path)
+    assert done.code == 0, done
+    run = only_run(tmp_path)
+    plan = json.loads((run / "dense" / "plan.json").read_text())
+    untouched = models.build(**plan["model"], seed=0).state_dict()
+    assert all(torch.equal(v, untouched[k]) for k, v in package.load(run / "dense").state_dict().items())
+    result = _result(run)
+    assert result["found_epoch"] == 0 and result["macs"]["ticket"] < result["macs"]["dense"]
+    if flags:
+        assert not (run / "metrics.jsonl").exists() and result["accuracy"]["final"] is None
+
+
+def test_the_rate_climbs_again_after_a_draw(tmp_path):
+    """At constant rate: the epoch after the draw ends at the full rate, an epoch of the climb below it."""
+    rewarm = ("--set", "train.schedule=constant", "--set", "ticket.rewarm_epochs=2", "--set", "train.warmup_epochs=0")
+    done = prunectl(*FIND, "--epochs", "4", "--detector", "epoch:1", *rewarm, "--out", tmp_path)
+    assert done.code == 0, done
+    rates = [json.loads(line)["lr"] for line in (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    steps = 200 // 50  # the last step of an epoch begins one step before its end
+    assert rates == pytest.approx([0.1, 0.1 * (1 - 1 / steps) / 2, 0.1 * (2 - 1 / steps) / 2, 0.1])
+
+
 def test_several_draws_keep_the_weights_that_they_have(tmp_path):
     refused = prunectl(*FIND, "--set", "ticket.draws=2", "--set", "ticket.weights=reinit", "--out", tmp_path)
     refused.refused(2, "draws = 2", "reinit")
