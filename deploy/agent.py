@@ -473,8 +473,8 @@ class Board(object):
             start, end = rows[0]["startComputeMs"], max(row["endComputeMs"] for row in rows)
             window = {"start_ns": started[0] + int(start * 1e6), "end_ns": started[0] + int(end * 1e6)}
             return dict(window, latency_ns=[int(row["latencyMs"] * 1e6) for row in rows], command=command)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            reason = "without a line 'Starting inference'" if not started else "but its times cannot be read (%r)" % error
+        except (ValueError, KeyError, IndexError, TypeError):
+            reason = "but wrote no inference times" if started else "without a line 'Starting inference'"
             raise Refused("trtexec", "%s ended well %s; %s" % (what, reason, last_words(tail)))
 
 

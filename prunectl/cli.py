@@ -451,8 +451,10 @@ def _run(argv: list[str]) -> int:
         _run(["--help"])
         return ExitStatus.USAGE
     try:
-        status = app(argv, prog_name="prunectl", standalone_mode=False)
-        return int(status or 0)
+        status = int(app(argv, prog_name="prunectl", standalone_mode=False) or 0)
+        if status == ExitStatus.INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+            return _complain(argv, "interrupted", ExitStatus.INTERRUPTED)
+        return status
     except typer.Exit as e:
         return int(e.exit_code)
     except ParseError as e:

@@ -205,7 +205,8 @@ class _Agent:
                 continue  # a login banner, say
             event: Mapping[str, Any] = json.loads(line[len(MARK) :])
             if event["event"] == "error":
-                raise DeviceUnavailable(f"{self.where}: {event['message']}.")
+                said = "".join(c if c.isprintable() else " " for c in event["message"])  # of a program there: what it said may be anything
+                raise DeviceUnavailable(f"{self.where}: {said}.")
             if name is None or event["event"] == name:
                 return event
         raise DeviceUnavailable(self._why_it_ended())

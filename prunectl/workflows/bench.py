@@ -97,7 +97,7 @@ def _files(networks: Sequence[Path], names: Sequence[str], request: Request, ui:
     profile = plan.profile or PROFILE.get(plan.device)
     if profile is None and any(network.suffix != ".onnx" for network in networks):
         ui.detail("asking the board what it is")
-        profile = engine.default_profile(engine.Board(device_room.jetson_host(plan.target)), plan.settings.python)
+        profile = engine.default_profile(engine.Board(plan.target), plan.settings.python)
     return tuple(
         opened(network, name, request.batch) if network.suffix == ".onnx" else _exported(network, name, str(profile), request, ui)
         for network, name in zip(networks, names, strict=True)

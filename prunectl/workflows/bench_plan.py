@@ -11,6 +11,7 @@ from typing import Any
 
 from prunectl.bench import devices as device_room
 from prunectl.bench.records import Settings
+from prunectl.bench.ssh import checked_host
 from prunectl.errors import UnknownName, UsageError
 from prunectl.export.profiles import load as load_profile
 from prunectl.recipe import merged
@@ -39,7 +40,7 @@ def plan(
 ) -> Plan:
     """recipe: a shipped one's name or a file. given: what else the command line says, `device` or `bench.repeats` -> value.
 
-    Each goes over what stands before: the device's defaults, the recipe, --quick, the command line. Raises UsageError."""
+    Each goes over what stands before: the device's defaults, the recipe, --quick, the command line. Raises UsageError, DeviceUnavailable."""
     written, said = _checked(merged(_file(recipe), {})), _checked(merged(None, given or {}, sets))
     spec = said.get("device") or ("jetson" if host is not None else written.get("device") or "cpu")
     if not isinstance(spec, str):
@@ -52,7 +53,10 @@ def plan(
         load_profile(str(profile))
     settings = (Settings() if device == "jetson" else Settings.for_host()).but(written.get("bench", {}))
     settings = (settings.quick() if quick else settings).but(said.get("bench", {}))
-    return Plan(device, target if host is None else host, profile, settings)
+    if device == "jetson":  # before minutes are spent on exporting for a board that nobody named
+        board = device_room.jetson_host(target if host is None else host)
+        target = None if board is None else checked_host(board)
+    return Plan(device, target, profile, settings)
 
 
 def _file(recipe: str | None) -> Path | None:

@@ -201,7 +201,7 @@ def test_training_is_per_step():
         raw, artifacts=artifacts, windows=tuple(dataclasses.replace(w, kind=w.kind.replace("load", "train")) for w in raw.windows)
     )
     result = report(raw)
-    dense, ticket = (r.train for r in result.reports)
+    dense = result.reports[0].train
     assert (dense.ms_per_step, dense.mj_per_step) == (10.0, pytest.approx(60.0, rel=1e-3))  # a step, whatever its batch
     assert dense.steps == 30000 and result.reports[0].latency_ms is None
     assert {r.metric for r in result.ratios} == {"ms_per_step", "mj_per_step"}

@@ -176,32 +176,6 @@ def test_no_trtexec(board, sshd, short, dense, monkeypatch):
     assert board.leftovers() == []
 
 
-@pytest.mark.parametrize(
-    ("mode", "settings", "words"),
-    [
-        ("crash-build", {}, "building the engine of dense.onnx, failed with exit code 1; it said:"),
-        ("oom-build", {}, "was Killed, the board ran out of memory: lower the workspace cap (now 1024 MB) or add swap"),
-        ("hang-build", {"build_timeout_s": 1.0}, "gave no result within 1 s and was stopped"),
-        ("garbage-build", {}, "wrote no engine"),
-        ("crash-run", {}, "timing dense.onnx, failed with exit code 1"),
-        ("oom-run", {}, "was Killed, the board ran out of memory"),
-        ("hang-run", {"slack_s": 2.5}, "gave no result within"),
-        ("garbage-run", {}, "its times cannot be read"),
-    ],
-)
-def test_trtexec_fails(board, short, dense, monkeypatch, mode, settings, words):
-    board.set_trtexec(mode=mode, version=8601)
-    here(board, monkeypatch)
-    begin = time.monotonic()
-    with pytest.raises(DeviceUnavailable) as caught:
-        host_side.measure(Job((dense,)), short(**settings), host=None, say=quiet)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert time.monotonic() - begin < 30
-    monkeypatch.undo()
-    assert board.leftovers() == []
-    assert not list(board.cache.rglob("*.plan")) or mode.endswith("run")
-
-
 def test_full_disk(board, sshd, short, tmp_path, monkeypatch):
     """The board's cache is a file system of 1 MB, really full."""
     full = (
@@ -221,34 +195,15 @@ def test_full_disk(board, sshd, short, tmp_path, monkeypatch):
     assert board.leftovers() == []
 
 
-def test_two_benches_at_once(board, sshd, short, dense, monkeypatch):
-    messages = []
-
-    def second(text: str) -> None:
-        if "repeat 1" in text and not messages:
-            messages.append(refused(server, short(), Job((dense,)), monkeypatch))
-
-    with sshd(board) as server:
-        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
-        raw = devices.get("jetson")(Job((dense,)), short(duration_s=3.0), target="board", say=second)
-    assert "another bench is running on this board" in messages[0]
-    assert raw.windows  # the first one was not disturbed
-    assert board.leftovers() == []
-
-
-@pytest.mark.parametrize("phase", ["sending", "building", "repeat 1"])
-def test_connection_cut(board, sshd, short, tmp_path, monkeypatch, phase):
-    """ssh is killed in the transfer, in the build, in the window."""
-    board.set_trtexec(version=8601, build_s=30.0 if phase == "building" else 0.0)
-    large = model(tmp_path, "large.onnx", 60_000_000 if phase == "sending" else 4000)
+def test_connection_cut_in_the_transfer(board, sshd, short, tmp_path, monkeypatch):
+    large = model(tmp_path, "large.onnx", 60_000_000)
 
     def cut(text: str) -> None:
-        if phase in text:
-            threading.Timer(0.03 if phase == "sending" else 0.7, lambda: [os.kill(pid, signal.SIGKILL) for pid in clients(server)]).start()
+        if "sending" in text:
+            threading.Timer(0.03, lambda: [os.kill(pid, signal.SIGKILL) for pid in clients(server)]).start()
 
     with sshd(board) as server:
-        message = refused(server, short(duration_s=30.0), Job((large,)), monkeypatch, say=cut)
-        assert "ended before it had a result" in message
+        assert "ended before it had a result" in refused(server, short(), Job((large,)), monkeypatch, say=cut)
         assert board.leftovers() == []
 
 
@@ -264,39 +219,6 @@ def clients(server) -> list[int]:
             if words[0] == b"ssh" and str(server.config).encode() in words:
                 found.append(int(entry.name))
     return found
-
-
-def test_agent_killed_in_the_window(board, sshd, short, dense, monkeypatch):
-    def kill(text: str) -> None:
-        if "repeat 1" in text:
-            agent = next(pid for pid in board.agents() if "python" in os.readlink(f"/proc/{pid}/exe"))
-            threading.Timer(0.5, os.kill, (agent, signal.SIGKILL)).start()
-
-    with sshd(board) as server:
-        assert "the agent was killed there" in refused(server, short(duration_s=30.0), Job((dense,)), monkeypatch, say=kill)
-        assert board.leftovers() == []
-
-
-def test_ctrl_c_on_the_host(board, sshd, short, dense):
-    """A bench of its own process, interrupted as a terminal would."""
-    code = (
-        "import sys, pathlib\nfrom prunectl.bench.board import measure\nfrom prunectl.bench.records import *\n"
-        f"job = Job((OnnxModel(pathlib.Path({str(dense.path)!r}), 'dense'),))\n"
-        f"settings = Settings(warmup_s=0.1, duration_s=30, idle_s=0.1, refresh_probe_s=0.1, python=({standin_board.board_python()!r},))\n"
-        "measure(job, settings, host='board', say=lambda text: print(text, flush=True))\n"
-    )
-    with sshd(board) as server:
-        env = {**os.environ, "PRUNECTL_SSH": server.ssh}
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True
-        )
-        for line in process.stdout:
-            if "repeat 1" in line:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=15) != 0
-        process.stdout.close()
-        assert board.leftovers() == []
 
 
 # ------------------------------------------------------------------------------------------------------- host names
@@ -333,25 +255,3 @@ def test_no_board_named(monkeypatch):
     monkeypatch.delenv("PRUNECTL_JETSON", raising=False)
     with pytest.raises(DeviceUnavailable, match=r"no Jetson.*--host.*PRUNECTL_JETSON"):
         devices.get("jetson")(Job(), Settings(), say=quiet)
-
-
-# ------------------------------------------------------------------------------------------------- a minute, in real time
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("layout", "refresh_s", "bound"), [("tx2", 0.05, 0.01), ("orin", 0.45, 0.03)])
-def test_a_minute_of_joules(tmp_path, sshd, dense, monkeypatch, layout, refresh_s, bound):
-    board = standin_board.tx2(tmp_path / "board", iio=(4, 1)) if layout == "tx2" else standin_board.orin(tmp_path / "board")
-    board.set_trtexec(version=8201 if layout == "tx2" else 8501)
-    wave = Waveform.random(11 if layout == "tx2" else 12)
-    settings = Settings(warmup_s=2, duration_s=60, repeats=1, idle_s=5, python=(standin_board.board_python(),))
-    with sshd(board) as server, board.powered({"VDD_IN": wave}, refresh_s=refresh_s, quantum_mw=5):
-        monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
-        raw = devices.get("jetson")(Job((dense,)), settings, target="board", say=quiet)
-    window = raw.windows[-1]
-    truth = wave.integral(window.start_ns / 1e9, window.end_ns / 1e9)
-    error = window_energy_mj(raw, window) / truth - 1
-    print(f"{layout}, refresh {refresh_s} s: {error:+.3%} of {truth / 1e3:.1f} J; {report(raw).reports[0].energy}")
-    assert abs(error) < bound
-    assert report(raw).reports[0].energy.refresh_ms == pytest.approx(refresh_s * 1e3, rel=0.1)
-    assert board.leftovers() == []
