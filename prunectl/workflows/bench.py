@@ -55,11 +55,11 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
         return _result(raw, Path(plan.target or ""), None, begin, ui)
     networks = _networks(request)
     names = _names(networks)
-    kept = _raw_path(request, networks[0])
     settings, job = plan.settings, Job()
     if request.train:
         job = replace(job, train=_trainable(networks, names, settings))
     job = replace(job, models=_files(networks, names, request, ui))
+    kept = _raw_path(request, networks[0])
     ui.say(_announcement(job, plan))
     with ui.working() as say:
         raw = device_room.devices.get(plan.device)(job, settings, target=plan.target, say=say)
@@ -171,7 +171,8 @@ def _training(networks: Sequence[Path], tasks: Sequence[TrainModel]) -> tuple[Tr
 def _steps(flops: dict[str, int], macs: dict[str, int], drawn: float, batch: int) -> tuple[float, float, float]:
     """(dense_steps, search_steps, ticket_steps) of `Training`. drawn: the share of the schedule before the draw.
 
-    What was spent beyond the training steps of both networks are forward passes of the dense one: probe, repair, batch norm."""
+    What was spent beyond the training steps of both networks is forward passes of probe, repair and batch norm; they count as
+    the dense steps that their FLOPs make."""
     dense, ticket = (training_flops(macs[name], batch) for name in ("dense", "ticket"))
     steps = flops["dense"] / dense
     looking = (flops["spent"] - drawn * steps * dense - (1 - drawn) * steps * ticket) / dense
