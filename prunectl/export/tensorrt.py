@@ -67,7 +67,9 @@ def local_compiler() -> Compiler:
 
 def rtx_compiler(capabilities: Sequence[str] = CAPABILITIES) -> Compiler:
     """TensorRT for RTX, which compiles without a GPU. Raises DeviceUnavailable if it is not installed."""
-    probe = _probe("tensorrt_rtx", "TensorRT for RTX is not installed: pip install 'prunectl[rtx]'")
+    probe = _probe(
+        "tensorrt_rtx", "TensorRT for RTX is missing: pip install 'prunectl[rtx]', or --profile gpu for the same ONNX file alone"
+    )
     return Compiler("tensorrt_rtx", probe["version"], tuple(capabilities))
 
 

@@ -275,5 +275,7 @@ def show(result: dict[str, Any], ui: Console) -> None:
     for entry in result["artifacts"][1:]:
         if entry.get("host"):
             ui.say(f"on {entry['host']}: {entry['path']}")
+    for finding in result["lint"]:
+        ui.say(f"lint: {finding['node']}: {finding['message']}; {finding['remedy']}")
     for text in filter(None, (result["zeros"], result["note"])):
         ui.say(text)

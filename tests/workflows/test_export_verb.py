@@ -116,6 +116,14 @@ def test_rtx_compiles_an_engine_without_a_gpu_once(ticket, tmp_path):
     assert again["cached"] and again["sha256"] == engine["sha256"]
 
 
+def test_rtx_without_its_compiler_names_the_way_out(ticket, tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_rtx.py").write_text("raise ImportError('no such compiler')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = prunectl("export", ticket, "--profile", "rtx", "--out", tmp_path / "out")
+    done.refused(5, "pip install 'prunectl[rtx]'", "--profile gpu", "no such compiler")
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_path_the_latest_run_is_taken_and_shown(ticket, monkeypatch):
     monkeypatch.chdir(ticket.parents[1])
     done = prunectl("export", "--profile", "orin")
@@ -133,6 +141,14 @@ def test_an_untrained_network_can_be_exported(tmp_path):
     assert prunectl("train", "resnet8", "fashion-mini", *SMALL, "--epochs", "0", "--out", out).code == 0
     document, _ = exported(only_run(out), tmp_path / "out", "--profile", "orin")
     assert document["artifacts"][0]["accuracy"] < 40
+
+
+def test_widths_that_a_target_pads_are_said(tmp_path):
+    out = tmp_path / "runs"
+    odd = ("--epochs", "2", "--detector", "epoch:1", "--sparsity", "0.4", "--round-to", "1", "--search-only")
+    assert prunectl("find-ticket", "resnet8", "fashion-mini", *SMALL, *odd, "--out", out).code == 0
+    done = prunectl("export", only_run(out), "--profile", "orin")
+    assert done.code == 0 and "have widths that are no multiple of 8" in done.out
 
 
 def test_pixels_go_in_where_normalisation_is_inside(ticket, tmp_path, pixels):
