@@ -7,7 +7,7 @@ from typing import Any
 
 from prunectl.console import Console, percent, si
 from prunectl.errors import RunFolderError, UnknownName, UsageError
-from prunectl.export.artifact import read_record
+from prunectl.export.artifact import read_record, record_path
 from prunectl.rundir import RunDir, read_json, read_jsonl
 from prunectl.training import compactmodel
 
@@ -44,14 +44,14 @@ def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
         result["result"] = run.read_result()
     result["exports"] = exports = _exports(path if path.is_dir() else path.parent)
     if exports:
-        rows = [[Path(e["path"]).name, e["profile"], e["precision"], f"{e['bytes']:,}", percent(e["accuracy"])] for e in exports]
-        ui.table("exported files", ["file", "profile", "precision", "bytes", "test accuracy, %"], rows)
+        files = [[Path(e["path"]).name, e["profile"], e["precision"], f"{e['bytes']:,}", percent(e["accuracy"])] for e in exports]
+        ui.table("exported files", ["file", "profile", "precision", "bytes", "test accuracy, %"], files)
     return result
 
 
 def _exports(folder: Path) -> list[dict[str, Any]]:
     """The ONNX files in export/, with what their records say. Raises CorruptFile for one that is not as it was written."""
-    files = sorted((folder / "export").glob("*.onnx"))
+    files = [f for f in sorted((folder / "export").glob("*.onnx")) if record_path(f).is_file()]
     kept = ("profile", "precision", "sha256", "bytes", "accuracy")
     return [{"path": str(f.resolve()), **{k: v for k, v in read_record(f).to_dict().items() if k in kept}} for f in files]
 
