@@ -144,7 +144,7 @@ def test_training_on_the_board(at_the_board, run):
             truth = wave.integral(window.start_ns / 1e9, window.end_ns / 1e9) / 8
             assert steps[artifact.name]["mj_per_step"] == pytest.approx(truth, rel=0.06)  # a swing of 4 % and its lag
     total, t = document["train_total_j"], raw.training
-    assert (t.dense_steps, t.ticket_steps) == (pytest.approx(8), pytest.approx(4)) and 4 < t.search_steps < 8 and total["reason"] is None
+    assert (t.dense_steps, t.ticket_steps) == (pytest.approx(8), pytest.approx(4)) and t.search_steps > 4 and total["reason"] is None
     dense, ticket = steps["dense"]["mj_per_step"], steps["compact"]["mj_per_step"]
     assert total["dense"] == pytest.approx(dense * 8 / 1e3) and total["ratio"] == pytest.approx(total["ticket"] / total["dense"])
     assert total["ticket"] == pytest.approx((dense * t.search_steps + ticket * 4) / 1e3)

