@@ -5,7 +5,9 @@ Accuracy cells may run beside other work; wall times are not read from them."""
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +78,43 @@ def run(cell: Cell, runs: str, results: Path) -> None:
 def read(results: Path) -> list[dict[str, Any]]:
     """The committed cells, by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*.json"))]
+
+
+def mean_sd(values: list[float], *, sign: bool = False) -> str:
+    """`90.12 ± 0.34`, without the deviation where there is one value, and `-` where there is none."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def digest_of(numbers: Any) -> str:
+    return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:16]
+
+
+Picture = tuple[Callable[[Path], None], Callable[[], Any]]  # what draws it, and the numbers that it shows
+
+
+def publish(texts: Mapping[Path, Callable[[], str]], pictures: Mapping[Path, Picture]) -> None:
+    """Writes what is rendered; with --check, ends in an error where the files at hand say something else."""
+    if "--check" in sys.argv:
+        old = outdated(texts, pictures)
+        sys.exit(f"{', '.join(old)}: not what the cells say; render again" if old else 0)
+    for path, text in texts.items():
+        path.write_text(text(), encoding="utf-8")
+    for path, (plot, _) in pictures.items():
+        plot(path)
+
+
+def outdated(texts: Mapping[Path, Callable[[], str]], pictures: Mapping[Path, Picture]) -> list[str]:
+    """Names of files that are not what the cells say; a picture carries the digest of its numbers."""
+    from PIL import Image
+
+    old = [path.name for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text()]
+    for path, (_, numbers) in pictures.items():
+        if not path.is_file() or Image.open(path).info.get("Description") != digest_of(numbers()):
+            old.append(path.name)
+    return old
 
 
 def main(stages: Mapping[str, Callable[[], Sequence[Cell]]], results: Path, description: str) -> None:

@@ -50,7 +50,7 @@ def rate_of(session: Session, search: Search, rewarm_epochs: float) -> Callable[
         full = session.rate(done)
         if search.ticket is None or not rewarm_epochs:
             return full
-        since = done * session.recipe.train.epochs - search.ticket["draws"][-1]["epoch"]
+        since = done * session.recipe.train.epochs - float(search.ticket["draws"][-1]["epoch"])
         return full * min(1.0, max(0.0, since) / rewarm_epochs)
 
     return rate
