@@ -217,8 +217,9 @@ def _result(raw: RawBench, kept: Path, network: Path | None, begin: float, ui: C
 
 def show(result: dict[str, Any], ui: Console) -> None:
     title = f"{result['device']}{', SIMULATED sensor or engine' if result['simulated'] else ''}"
-    header = ["network", "p50 ms", "p90 ms", "p99 ms", "images/s", "mJ/image", "ms/train step", "mJ/train step"]
-    ui.table(title, header, _rows(result["reports"]))
+    header = ["network", "p50 ms", "p90 ms", "p99 ms", "images/s", "mJ/image", "ms/step", "mJ/step"]
+    shown = len(header) if any(r["train"] for r in result["reports"]) else len(header) - 2  # no column for what was not asked for
+    ui.table(title, header[:shown], [row[:shown] for row in _rows(result["reports"])])
     for ratio in result["ratios"]:
         interval = f", 95 % interval {ratio['ci95'][0]:.3f} to {ratio['ci95'][1]:.3f}" if ratio["ci95"] else f" ({ratio['reason']})"
         claim = "" if ratio["differs"] or not ratio["ci95"] else ": no difference can be claimed"

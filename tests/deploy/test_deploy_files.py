@@ -1,8 +1,10 @@
 """What ships beside the agent: the container's recipe, the bench recipes, the words of the README."""
 
 import dataclasses
+import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,11 @@ from pathlib import Path
 import pytest
 import standin_board
 import yaml
+from running import prunectl
 
 from prunectl.bench.devices import devices, parse
 from prunectl.bench.records import Settings
+from prunectl.workflows.bench_plan import plan
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile.jetson").read_text()
@@ -42,12 +46,14 @@ def test_the_containers_commands_run_under_its_python(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes/bench").glob("*.yaml")), ids=lambda p: p.stem)
-def test_bench_recipes_are_settings(path):
+def test_bench_recipes_are_settings(path, monkeypatch):
     recipe = yaml.safe_load(path.read_text())
     assert parse(recipe["device"])[0] in devices
     known = {field.name for field in dataclasses.fields(Settings)}
     assert set(recipe) == {"device", "profile", "bench"} and set(recipe["bench"]) <= known
-    assert Settings(**recipe["bench"]).repeats >= 5
+    monkeypatch.setenv("PRUNECTL_JETSON", "nvidia@tx2")
+    resolved = plan(recipe=path.stem)
+    assert (resolved.device, resolved.profile) == (recipe["device"], recipe["profile"]) and resolved.settings.repeats >= 5
 
 
 def test_settings_are_bounded():
@@ -58,6 +64,17 @@ def test_settings_are_bounded():
             Settings(**bad)
     quick = Settings().quick()
     assert quick.duration_s < 1.0 and quick.workspace_mb == Settings().workspace_mb
+
+
+def test_the_readme_shows_benches_that_can_be_asked_for():
+    """Every option of every `prunectl bench` in it exists, and every --set names a setting."""
+    text = (ROOT / "deploy/README.md").read_text().replace("\\\n", " ")
+    options = set(prunectl("bench", "--help").out.replace(",", " ").split())
+    lines = [shlex.split(line) for line in re.findall(r"^ +(prunectl bench .*)$", text, re.M)]
+    assert len(lines) >= 5
+    for words in lines:
+        assert {w for w in words if w.startswith("-")} <= options
+        plan(host="nvidia@tx2", sets=[value for flag, value in itertools.pairwise(words) if flag == "--set"])
 
 
 def test_the_readme_shows_commands_that_exist():
