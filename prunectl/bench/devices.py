@@ -108,6 +108,14 @@ def replay(job: Job, settings: Settings, *, target: str | None = None, say: Say)
     return RawBench.read(Path(target))
 
 
+def check_present(name: str, target: str | None) -> None:
+    """Raises DeviceUnavailable or UsageError for a GPU that is not here, before minutes are spent on files for it."""
+    if name == "cuda":
+        from prunectl.bench import cuda
+
+        cuda.cuda_device(_gpu_index(target))
+
+
 def jetson_host(named: str | None) -> str | None:
     """The board to ask over ssh: the one that was named, none if this machine is a Jetson, $PRUNECTL_JETSON. Raises DeviceUnavailable."""
     if named is not None:

@@ -44,7 +44,9 @@ class HostSampler:
 def host_sampler(period_ms: float) -> Iterator[HostSampler]:
     """Samples this machine's sensors (RAPL, INA3221) from now on in a process of its own. Raises DeviceUnavailable."""
     argv = [sys.executable, str(agent_path()), "sample", "--period-ms", str(period_ms)]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+    with subprocess.Popen(
+        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
         assert process.stdout
         try:
             first = process.stdout.readline()

@@ -53,6 +53,7 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
             raise UsageError(f"--device replay reads one record and measures nothing; leave {request.paths[0]} out")
         raw = device_room.devices.get(plan.device)(Job(), plan.settings, target=plan.target, say=ui.detail)
         return _result(raw, Path(plan.target or ""), None, begin, ui)
+    device_room.check_present(plan.device, plan.target)
     networks = _networks(request)
     names = _names(networks)
     settings, job = plan.settings, Job()
@@ -86,10 +87,11 @@ def _expanded(path: Path) -> list[Path]:
 
 
 def _names(networks: Sequence[Path]) -> list[str]:
-    """The last part of each path, or as many as it takes to tell them apart."""
-    parts = [(*path.parent.parts, path.stem if path.suffix == ".onnx" else path.name) for path in networks]
-    depth = next(d for d in range(1, 1 + max(map(len, parts))) if len({p[-d:] for p in parts}) == len(parts))
-    return ["/".join(p[-depth:]) for p in parts]
+    """The last part of each path without .onnx, or as many parts as it takes to tell them apart."""
+    parts = [(path.with_suffix("") if path.suffix == ".onnx" else path).parts for path in networks]
+    depths = range(1, 1 + max(map(len, parts)))
+    short = (["/".join(p[-depth:]) for p in parts] for depth in depths)
+    return next((names for names in short if len(set(names)) == len(names)), list(map(str, networks)))
 
 
 def _files(networks: Sequence[Path], names: Sequence[str], request: Request, ui: Console) -> tuple[OnnxModel, ...]:

@@ -232,6 +232,13 @@ def test_refused_in_one_sentence(run, trained, tmp_path, monkeypatch, words, cod
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.onnx"]
 
 
+def test_no_gpu_is_said_before_anything_is_exported(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    prunectl("bench", run, "--device", "cuda").refused(5, "torch sees no CUDA GPU")
+    prunectl("bench", run, "--device", "cuda:first").refused(2, "number of a GPU")
+    assert not list((run / "export").glob("*-gpu-*"))
+
+
 def test_no_run_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prunectl("bench").refused(2, "there is no run or saved network at runs/latest")
