@@ -135,6 +135,9 @@ class Sfw(_Section):
     p: float | Literal["inf"] = Field(2.0, description="of constraint lp")
     rescale: Literal["gradient", "diameter", "none"] = "gradient"
     sfw_init: bool = False
+    fade: float = Field(
+        0.0, ge=0, description="share that a weight a swept ratio would remove loses in a step at the end of the schedule, at the full rate"
+    )
     sparsity: tuple[float, ...] = (*(i / 10 for i in range(1, 10)), *(i / 100 for i in range(91, 100)))
     scope: Literal["weights", "all"] = Field("weights", description="what is ranked: weights, or every parameter as published")
     pooling: Literal["global", "layerwise"] = Field("global", description="one ranking over all tensors, or one for each")

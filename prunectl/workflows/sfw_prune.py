@@ -6,7 +6,7 @@ ratio asked for, with no retraining. With no constraint the same harness trains 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -20,12 +20,14 @@ from prunectl.errors import UsageError
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost, oneshot
 from prunectl.pruning.constraints import ConstraintPlan, sets_for
+from prunectl.pruning.fade import Target, fade_, targets
 from prunectl.pruning.magnitudes import EXPONENTS, counts_above
 from prunectl.pruning.sfw import SFW
 from prunectl.pruning.sfw_init import sfw_init_
 from prunectl.pruning.sfw_schedule import adaptive_scale
 from prunectl.recipe import Recipe, Sfw, Train
 from prunectl.rundir import RunDir
+from prunectl.training.loop import Step
 from prunectl.workflows.session import (
     Options,
     Session,
@@ -41,6 +43,7 @@ from prunectl.workflows.session import (
 )
 from prunectl.workflows.sweep import channel_tickets, pattern, require_removable, sweep
 
+FADE_EVERY = 5  # steps: a ranking of all weights costs a few per cent of a step
 SFW_INIT_STEPS = 390  # Miao et al.: one epoch of CIFAR-10 in batches of 128
 
 
@@ -55,7 +58,9 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
         session, sets = prepared(recipe, run, options, ui)
         if enter(session, sets):
             start_inside(session, sets)
+        faded = targets(sets.settings.sparsity, layerwise=sets.settings.pooling == "layerwise", pattern=sets.pattern)
         for step in fit(session, sets, rate_of(session, sets.settings)):
+            fade(session, sets.settings, faded, step)
             if step.summary:
                 sets.note(session, step.summary.epoch)
         return _finish(session, sets)
@@ -72,6 +77,10 @@ class Sets:
     plan: ConstraintPlan = field(default_factory=lambda: ConstraintPlan({}))
     weights: list[dict[str, Any]] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        return self.settings.n_of_m if self.settings.wants_pattern else None
 
     def make_optimizer(self, model: nn.Module, t: Train) -> torch.optim.Optimizer:
         """A Frank-Wolfe optimizer in which every trainable parameter has its set; SGD where there is no constraint."""
@@ -151,6 +160,17 @@ def _initialised(session: Session, sets: Sets) -> dict[str, float]:
     low, high = min(scales.values()), max(scales.values())
     session.ui.say(f"SFW-Init: {len(scales)} tensors scaled by {low:.3g} to {high:.3g}, learned in {count} steps")
     return scales
+
+
+def fade(session: Session, settings: Sfw, removed: Sequence[Target], step: Step) -> None:
+    """Shrinks what the next ratio of the sweep would remove, every few steps, the more the later and the higher the rate."""
+    if not settings.fade or not removed or step.index % FADE_EVERY:
+        return
+    train = session.recipe.train
+    rate = session.state.optimizer.param_groups[0]["lr"] / train.lr
+    turn = round(step.done * step.of_epoch) // FADE_EVERY
+    weights = oneshot.prunable(session.state.model, settings.scope)
+    fade_(weights, removed[turn % len(removed)](weights), FADE_EVERY * settings.fade * rate * step.done / train.epochs)
 
 
 def rate_of(session: Session, settings: Sfw) -> Callable[[float], float]:
