@@ -676,6 +676,7 @@ def main(argv):
     parser.add_argument("--root", help="look for sensors and tools under this folder; default: /")
     parser.add_argument("--trtexec", help="path of trtexec, if it is not where JetPack puts it")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default=DEFAULTS["precision"])
+    parser.add_argument("--sparsity", choices=["disable", "enable"], default=DEFAULTS["sparsity"], help="enable: kernels for 2:4 zeros")
     parser.add_argument("--batch", type=int, default=1, help="images in one inference, as the file was exported")
     parser.add_argument("--spin-wait", action="store_true", help="lower latency, more power")
     for option in ("workspace_mb", "repeats", "warmup_s", "duration_s", "idle_s", "period_ms", "refresh_probe_s"):

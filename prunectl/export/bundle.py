@@ -24,16 +24,16 @@ class Bundle:
     bytes: int
 
 
-def write(folder: Path, model: Path, agent: Path) -> Bundle:
+def write(folder: Path, model: Path, agent: Path, *, sparse: bool = False) -> Bundle:
     """The bundle of an exported file, in `folder`: whole, or nothing of it; an earlier bundle there is replaced.
 
-    agent: deploy/agent.py. Raises UsageError if `folder` holds something else or cannot be written, CorruptFile if the
-    model is not the one its record describes."""
+    agent: deploy/agent.py. sparse: the engine may skip 2:4 zeros. Raises UsageError if `folder` holds something else or
+    cannot be written, CorruptFile if the model is not the one its record describes."""
     record = read_record(model)
     if folder.exists() and not (folder / SUMS).is_file():
         raise UsageError(f"{folder} exists and is no bundle; choose another --out")
-    batch = [f"--batch {record.batch}"] if record.batch else []
-    command = " ".join(["python3 agent.py bench", MODEL, f"--precision {record.precision}", *batch, "-o raw.json"])
+    options = [*([f"--batch {record.batch}"] if record.batch else []), *(["--sparsity enable"] if sparse else [])]
+    command = " ".join(["python3 agent.py bench", MODEL, f"--precision {record.precision}", *options, "-o raw.json"])
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:

@@ -40,7 +40,8 @@ def plan(
 ) -> Plan:
     """recipe: a shipped one's name or a file. given: what else the command line says, `device` or `bench.repeats` -> value.
 
-    Each goes over what stands before: the device's defaults, the recipe, --quick, the command line. Raises UsageError, DeviceUnavailable."""
+    Each goes over what stands before: the device's defaults, the recipe, --quick, the command line. Raises UsageError,
+    DeviceUnavailable."""
     written, said = _checked(merged(_file(recipe), {})), _checked(merged(None, given or {}, sets))
     spec = said.get("device") or ("jetson" if host is not None else written.get("device") or "cpu")
     if not isinstance(spec, str):

@@ -88,7 +88,7 @@ def build(where: Place, model: Path, record: Artifact, profile: Profile, *, spar
 
     sparse: 2:4 zeros may be skipped. Raises DeviceUnavailable, VerificationFailed, UsageError."""
     if isinstance(where, Nowhere):
-        return _bundled(where, model)
+        return _bundled(where, model, sparse)
     ui.say(f"building the engine of {model.name} on {where.name if isinstance(where, Board) else 'this machine'}; this can take minutes")
     built = (
         _on_board(where, model, record, profile, sparse, ui) if isinstance(where, Board) else _here(where, model, record, profile, sparse)
@@ -134,8 +134,8 @@ def _check_reader(board: Board, version: str, profile: Profile, precision: str) 
         )
 
 
-def _bundled(where: Nowhere, model: Path) -> tuple[dict[str, Any], str]:
-    packed = bundle.write(model.with_suffix(".bundle"), model, shipped("deploy") / "agent.py")
+def _bundled(where: Nowhere, model: Path, sparse: bool) -> tuple[dict[str, Any], str]:
+    packed = bundle.write(model.with_suffix(".bundle"), model, shipped("deploy") / "agent.py", sparse=sparse)
     note = f"no engine: {where.reason}; wrote the bundle {packed.path}: copy it to the board and run there: {packed.command}"
     return {
         "path": str(packed.path.resolve()),
