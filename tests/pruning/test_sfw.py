@@ -476,13 +476,6 @@ def test_a_strided_slice_is_refused():
 # --- learning rates ----------------------------------------------------------------------------------------------------
 
 
-def test_the_published_schedule_drops_at_epochs_61_and_121_of_180():
-    rates = [sfw_schedule.published_lr(1.0, [1.0] * epoch, 180) for epoch in range(180)]
-    assert [i + 1 for i in range(1, 180) if rates[i] != rates[i - 1]] == [61, 121]
-    assert rates[59:61] == [1.0, 0.1] and rates[-1] == pytest.approx(0.01)
-    assert [sfw_schedule.milestone_factor(e, 12) for e in (3, 4, 7, 8)] == pytest.approx([1, 0.1, 0.1, 0.01])
-
-
 def test_the_adaptive_rule_looks_every_five_epochs_at_true_means():
     falling, rising = [1 / (i + 1) for i in range(60)], [1 + i for i in range(60)]
     assert [len(falling[:n]) for n in range(60) if sfw_schedule.adaptive_factor(falling[:n]) != 1] == list(range(25, 60, 5))
@@ -490,11 +483,5 @@ def test_the_adaptive_rule_looks_every_five_epochs_at_true_means():
     assert sfw_schedule.adaptive_factor(rising[:30]) == 0.7
     assert sfw_schedule.adaptive_factor([2.0] * 24 + [3.0]) == 0.7  # the newest epoch counts
     assert sfw_schedule.adaptive_factor([1.0] * 25) == 1.0
-    assert sfw_schedule.published_lr(1.0, falling[:31], 180) == pytest.approx(1.06**2)
-    assert sfw_schedule.published_lr(1.0, falling[:31], 59) == pytest.approx(0.1)  # too short for the rule
-
-
-def test_cosine_starts_at_the_base_and_ends_near_zero():
-    assert sfw_schedule.cosine_lr(2.0, 0, 10) == 2.0
-    assert sfw_schedule.cosine_lr(2.0, 5, 10) == pytest.approx(1.0)
-    assert sfw_schedule.cosine_lr(2.0, 10, 10) == pytest.approx(0.0)
+    assert sfw_schedule.adaptive_scale(falling[:31], 180) == pytest.approx(1.06**2)
+    assert sfw_schedule.adaptive_scale(falling[:31], 59) == 1.0  # too short for the rule
