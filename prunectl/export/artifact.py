@@ -6,6 +6,7 @@ The ONNX metadata alone is enough to classify an image with nothing of ours inst
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -42,10 +43,14 @@ class InputSpec:
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> InputSpec:
-        """From the `data` part of a compact model's plan."""
-        size = int(data["image_size"])
-        shape = (int(data["channels"]), size, size)
-        return cls(shape, tuple(data["mean"]), tuple(data["std"]), tuple(data["classes"]), data["name"], data["fit"])
+        """From the `data` part of a compact model's plan. Raises CorruptFile if that says something else."""
+        try:
+            size = int(data["image_size"])
+            shape = (int(data["channels"]), size, size)
+            return cls(shape, tuple(data["mean"]), tuple(data["std"]), tuple(data["classes"]), data["name"], data["fit"])
+        except (KeyError, TypeError, ValueError) as problem:
+            what = f"{type(problem).__name__}: {problem}"
+            raise CorruptFile(f"the network's plan.json does not say which images it takes ({what}); write the model again") from problem
 
     def of_pixels(self) -> InputSpec:
         return replace(self, dtype="uint8")
@@ -151,6 +156,22 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as problem:
         raise UsageError(f"{path} cannot be written ({problem.strerror or problem}); free space or choose another --out") from problem
+
+
+@contextmanager
+def drafted(model: Path) -> Iterator[Path]:
+    """Where a model file and its record may be written and measured: they become those at `model` when the block ends well.
+
+    Else nothing is left of them, and an earlier file stays. Raises UsageError if they cannot be written."""
+    with writing(model):
+        model.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=model.parent, prefix=f".{model.stem}.")
+    with folder as name:
+        draft = Path(name) / model.name
+        yield draft
+        with writing(model):
+            record_path(draft).replace(record_path(model))  # first: a record beside an older file is noticed on reading
+            draft.replace(model)
 
 
 def write_record(model: Path, record: Artifact) -> None:

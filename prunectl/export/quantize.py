@@ -85,10 +85,10 @@ def for_tensorrt(model: ModelProto, calibration: Iterable[Any]) -> ModelProto:
     )
 
 
-def layer_errors(model: ModelProto, quantised: ModelProto, images: Images) -> list[LayerError]:
+def layer_errors(model: ModelProto, quantised: ModelProto, images: NDArray[Any]) -> list[LayerError]:
     """Every convolution's and product's error in `quantised`, worst first: where an INT8 file lost its accuracy.
 
-    images: normalised float32, as many as the graphs take in one call. Errors of earlier layers are included."""
+    images: as both graphs take them, as many as in one call. Errors of earlier layers are included."""
     nodes = [n for n in model.graph.node if n.op_type in PRODUCTS]
     rounded_nodes = quantised.graph.node
     made = {name for n in rounded_nodes for name in n.output}
@@ -151,7 +151,7 @@ def _pieces(calibration: Iterable[Any], batch: int | None) -> Iterator[Images]:
         left = left[whole:]
 
 
-def _activations(model: ModelProto, names: list[str], images: Images) -> dict[str, NDArray[np.float32]]:
+def _activations(model: ModelProto, names: list[str], images: NDArray[Any]) -> dict[str, NDArray[np.float32]]:
     tapped = ModelProto()
     tapped.CopyFrom(model)
     known = {o.name for o in model.graph.output}

@@ -21,10 +21,10 @@ from prunectl.console import Console
 from prunectl.data import Dataset
 from prunectl.errors import DataMissing, UsageError, VerificationFailed
 from prunectl.export import graph, lint, onnx, quantize, sparsity, verify
-from prunectl.export.artifact import Artifact, InputSpec, Provenance, record_path, write_record
+from prunectl.export.artifact import Artifact, InputSpec, Provenance, drafted, record_path, write_record
 from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
-from prunectl.export.session import load_onnx_session
+from prunectl.export.session import load_onnx_session, pixels_of
 from prunectl.training import compactmodel
 from prunectl.workflows import engine
 from prunectl.workflows.export_source import Pattern, Source, home, parse_sparsity
@@ -66,12 +66,12 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     _check(request, profile, pattern)
     request = replace(request, profile=profile.name)
     target, plan = target_of(request), source.saved.plan
-    _check_folder(target.parent)
+    check_folder(target.parent)
+    spec = InputSpec.from_data(plan["data"])
     images = _images(source, request, ui)
     module = source.network(zeros_asked)
 
     ui.say(f"writing {target.name}: opset {profile.opset}, for {profile.reader}")
-    spec = InputSpec.from_data(plan["data"])
     fp32 = onnx.build(module, spec, profile, batch=request.batch)
     verify.require_cost(verify.recount(module, fp32, spec))
     spec = spec.of_pixels() if request.uint8_input else spec
@@ -82,13 +82,14 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
         sparsity.require_pattern(zeros)
     pruning = {"steps": len(plan["steps"]), "params": plan["params"]}
     provenance = Provenance(plan["parent"], pruning, plan["weights_sha256"])
-    record = onnx.save(model, target, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
-    if images is not None:
-        record = _measured_file(target, record, images, ui)
-        if request.precision == "int8":
-            _report_int8(fp32, model, record, images, ui)
-        elif zeros_asked is None:
-            _require_accuracy(target, record, source.test_accuracy())
+    with drafted(target) as draft:
+        record = onnx.save(model, draft, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
+        if images is not None:
+            record = _measured_file(draft, record, images, ui)
+            if request.precision != "int8" and zeros_asked is None:
+                _require_accuracy(draft, record, source.test_accuracy())
+    if images is not None and request.precision == "int8":
+        _report_int8(onnx.lowered(fp32, spec, profile, "fp32"), model, record, images, ui)
 
     artifacts, note = [_entry(target, record)], None
     if place is not None:
@@ -161,13 +162,23 @@ def _check(request: Request, profile: Profile, pattern: Pattern | None) -> None:
         raise UsageError(f"--uint8-input with profile {profile.name}: {profile.reader} has no UINT8 tensors; normalise on the host")
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
     """Raises UsageError if it is no folder that can be written to, and none can be made there; makes none yet."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    if not writable(folder):
+        there = _existing(folder)
         raise UsageError(
             f"{folder} cannot be written to: {there} is {'not writable' if there.is_dir() else 'a file'}; choose another --out"
         )
+
+
+def writable(folder: Path) -> bool:
+    """It is a folder that takes files, or can be made."""
+    there = _existing(folder)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
 def _images(source: Source, request: Request, ui: Console) -> Dataset | None:
@@ -220,11 +231,9 @@ def _test_split(images: Dataset, label: str, ui: Console) -> Iterator[tuple[Tens
 
 
 def _require_accuracy(path: Path, record: Artifact, expected: float | None) -> None:
-    """Raises VerificationFailed, and removes the file, if it is not as accurate as its run was on the same images."""
+    """Raises VerificationFailed if the file is not as accurate as its run was on the same images."""
     assert record.accuracy is not None
     if expected is not None and abs(record.accuracy - expected) > RUN_SLACK:
-        path.unlink()
-        record_path(path).unlink()
         raise VerificationFailed(
             f"{path.name} has {record.accuracy:.2f} % on the test images where its run had {expected:.2f} %: "
             "are they the same images? Name their folder with --data-dir"
@@ -232,15 +241,17 @@ def _require_accuracy(path: Path, record: Artifact, expected: float | None) -> N
 
 
 def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset, ui: Console) -> None:
-    """Where INT8 lost more than a point against FP32 on the test split, the layers that lost most."""
+    """Where INT8 lost more than a point against FP32 on the test split, the layers that lost most.
+
+    fp32: the graph of the same input, pixels or normalised values, in full precision."""
     assert record.accuracy is not None
-    spec = replace(record.input, dtype="float32")
-    full = verify.accuracy(verify.classifier(fp32, spec), _test_split(images, "accuracy in FP32", ui)).top1
+    full = verify.accuracy(verify.classifier(fp32, record.input), _test_split(images, "accuracy in FP32", ui)).top1
     if full - record.accuracy <= INT8_SLACK:
         return
     size = graph.static_batch(fp32) or BATCH
     few = images.sample(size, seed=0, split="val")[0].numpy()
-    worst = quantize.layer_errors(fp32, model, np.resize(few, (size, *few.shape[1:])))[:5]
+    few = np.resize(few, (size, *few.shape[1:]))
+    worst = quantize.layer_errors(fp32, model, pixels_of(few, record.input) if record.input.dtype == "uint8" else few)[:5]
     layers = ", ".join(f"{e.layer} ({e.signal_to_noise_db:.0f} dB)" for e in worst)
     ui.warn(f"INT8 has {record.accuracy:.2f} % where FP32 has {full:.2f} %; the layers with the lowest signal-to-noise ratio: {layers}")
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime.quantization
 import pytest
 import torch
 from onnx import numpy_helper
@@ -188,6 +193,23 @@ def test_int8_is_calibrated_and_measured(profile, ticket, tmp_path):
     assert lost <= 1 or any("signal-to-noise" in w for w in document["warnings"])
 
 
+def test_layers_are_named_where_int8_broke_a_file_that_takes_pixels(ticket, tmp_path, monkeypatch):
+    """Images clipped at an eighth of their range: most of what the network looks at is gone."""
+    right = onnxruntime.quantization.quantize_static
+
+    def clipped(model, path, *args, **options):
+        right(model, path, *args, **options)
+        made = onnx.load(path)
+        first = next(n for n in made.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
+        scale = next(t for t in made.graph.initializer if t.name == first.input[1])
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 8, scale.name))
+        onnx.save(made, path)
+
+    monkeypatch.setattr(onnxruntime.quantization, "quantize_static", clipped)
+    document, _ = exported(ticket, tmp_path, "--profile", "orin", "--precision", "int8", "--uint8-input")
+    assert any("where FP32 has" in w and "/conv1/Conv (" in w for w in document["warnings"]), document["warnings"]
+
+
 # -- zeros ---------------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +372,30 @@ def test_a_damaged_network(a_copy, tmp_path):
     (a_copy / "compact" / "plan.json").write_text("{")
     prunectl("export", a_copy, "--out", tmp_path / "out").refused(4, "plan.json is damaged")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"image_size": "large"}, {"mean": None}, {"classes": None}])
+def test_a_plan_that_does_not_say_what_it_takes(changes, a_copy, tmp_path):
+    path = a_copy / "compact" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["data"] |= changes
+    path.write_text(json.dumps(plan))
+    prunectl("export", a_copy, "--out", tmp_path / "out").refused(4, "plan.json does not say which images it takes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_enough_before_the_file_is_measured_leaves_none(ticket, tmp_path):
+    """Ctrl-C when the file is written and its accuracy is not known: it would look finished."""
+    out = tmp_path / "out"
+
+    def press():
+        while not list(out.rglob("*.onnx")):
+            time.sleep(1e-4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press, daemon=True).start()
+    prunectl("export", ticket, "--profile", "orin", "--out", out, "-q").refused(130, "interrupted")
+    assert list(out.iterdir()) == []
 
 
 def test_a_file_that_is_less_accurate_than_its_run_is_not_left_behind(a_copy, tmp_path):
