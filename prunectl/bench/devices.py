@@ -104,12 +104,18 @@ def jetson(job: Job, settings: Settings, *, target: str | None = None, say: Say)
 def replay(job: Job, settings: Settings, *, target: str | None = None, say: Say) -> RawBench:
     """no device: the raw.json of an earlier bench, analysed again (replay:FILE)"""
     if target is None:
-        raise UsageError("--device replay needs a file: replay:FILE, e.g. replay:runs/latest/bench/raw.json.")
+        raise UsageError("--device replay needs a file: replay:FILE, a raw-*.json in the folder bench/ of a run.")
     return RawBench.read(Path(target))
 
 
-def check_present(name: str, target: str | None) -> None:
-    """Raises DeviceUnavailable or UsageError for a GPU that is not here, before minutes are spent on files for it."""
+def check_present(name: str, target: str | None, settings: Settings) -> None:
+    """Raises DeviceUnavailable or UsageError for a GPU or cores that are not here, before minutes are spent on files for them."""
+    if name == "cpu":
+        from prunectl.bench import latency
+
+        if target is not None:
+            raise UsageError(f"--device cpu:{target}: there is one CPU; say how many of its cores with --threads.")
+        latency.cores_for(settings.threads)
     if name == "cuda":
         from prunectl.bench import cuda
 

@@ -22,13 +22,18 @@ from prunectl.errors import UsageError
 Mark = Callable[[], None]
 
 
-@contextlib.contextmanager
-def pinned(threads: int | None) -> Iterator[list[int]]:
-    """The cores that this process, and every thread it starts meanwhile, may use: the first `threads` of those it may use now."""
+def cores_for(threads: int | None) -> list[int]:
+    """The first `threads` of the cores that this process may use. Raises UsageError if it may not use so many."""
     allowed = sorted(os.sched_getaffinity(0))
     if threads is not None and threads > len(allowed):
         raise UsageError(f"bench threads = {threads}: this process may use {len(allowed)} cores.")
-    cores = allowed[: threads or len(allowed)]
+    return allowed[: threads or len(allowed)]
+
+
+@contextlib.contextmanager
+def pinned(threads: int | None) -> Iterator[list[int]]:
+    """The cores that this process, and every thread it starts meanwhile, may use: `cores_for(threads)`."""
+    allowed, cores = os.sched_getaffinity(0), cores_for(threads)
     before = torch.get_num_threads()
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))

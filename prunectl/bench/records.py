@@ -261,16 +261,30 @@ class RawBench:
         return bench
 
     def _check(self) -> None:
+        for artifact in self.artifacts:
+            if not isinstance(artifact.name, str) or not _counts(artifact.batch) or artifact.batch < 1:
+                raise ValueError(f"an artifact called {artifact.name!r} of batch {artifact.batch!r}")
         for series in (self.power, self.telemetry):
+            if not _counts(*series.t_ns):
+                raise ValueError("stamps that are no whole numbers")
             for name, values in series.values.items():
                 if len(values) != len(series.t_ns):
                     raise ValueError(f"{len(values)} readings of {name} for {len(series.t_ns)} stamps")
+                if not all(v is None or isinstance(v, (int, float)) for v in values):
+                    raise ValueError(f"readings of {name} that are no numbers")
         for rail in self.power.rails:
             if rail.name not in self.power.values:
                 raise ValueError(f"no readings of rail {rail.name}")
         for window in self.windows:
-            if window.artifact is not None and not 0 <= window.artifact < len(self.artifacts):
+            if window.artifact is not None and window.artifact not in range(len(self.artifacts)):
                 raise ValueError(f"a window of artifact {window.artifact}, and {len(self.artifacts)} artifacts")
+            if not _counts(window.repeat, window.start_ns, window.end_ns, *window.latency_ns) or window.end_ns < window.start_ns:
+                raise ValueError(f"a {window.kind} window from {window.start_ns!r} to {window.end_ns!r} ns whose numbers are none")
+            if window.kind in ("load", "train") and (window.artifact is None or not window.latency_ns or window.end_ns == window.start_ns):
+                raise ValueError(f"a {window.kind} window of nothing")
+        known = [artifact.name for artifact in self.artifacts]
+        if self.training is not None and not {self.training.dense, self.training.ticket} <= set(known):
+            raise ValueError(f"a training of {self.training.dense} and {self.training.ticket}, and artifacts {known}")
 
     def write(self, path: Path) -> Path:
         """The record as JSON at `path`: a whole file or none."""
@@ -286,6 +300,11 @@ class RawBench:
         except ValueError as error:
             raise CorruptFile(f"{path} is not JSON ({error}); expected the raw.json of a bench.") from None
         return cls.from_dict(raw, source=str(path))
+
+
+def _counts(*values: Any) -> bool:
+    """They are whole numbers."""
+    return all(isinstance(value, int) for value in values)
 
 
 def _make(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -266,6 +266,9 @@ def _warnings(raw: RawBench) -> list[str]:
         found.append(
             f"short windows ({seconds:.1f} s, {len(w.latency_ns)} inferences): an energy to publish needs 60 s and 1000 inferences"
         )
+    batches = sorted({raw.artifacts[w.artifact].batch for w in loads if w.artifact is not None})
+    if len(batches) > 1:
+        found.append(f"latency is of a whole batch, and the batches are {' and '.join(map(str, batches))}: compare images a second")
     found += _sensor_warnings(raw, loads)
     for index, artifact in enumerate(raw.artifacts):
         name = f"training {artifact.name}" if artifact.kind in TRAINED else artifact.name

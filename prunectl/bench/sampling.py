@@ -30,8 +30,13 @@ class HostSampler:
         return self.about["source"] is not None
 
     def stop(self, period_ms: float) -> None:
+        """Ends the sampling and keeps what was sampled; of a sampler that was killed, the reason."""
         time.sleep(4 * period_ms / 1e3)  # samples on both sides of the last window
-        seen = json.loads(self.process.communicate(timeout=30)[0])
+        try:
+            seen = json.loads(self.process.communicate(timeout=30)[0])
+        except (ValueError, subprocess.TimeoutExpired):  # what was timed meanwhile is worth keeping
+            self.power = Power(None, "the sampler process died")
+            return
         rails = tuple(Rail(**rail) for rail in self.about["rails"])
         values = {name: tuple(v) for name, v in seen["values"].items()}
         self.power = Power(self.about["source"], self.about["reason"], period_ms, rails, tuple(seen["t_ns"]), values,

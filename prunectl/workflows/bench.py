@@ -53,20 +53,21 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
             raise UsageError(f"--device replay reads one record and measures nothing; leave {request.paths[0]} out")
         raw = device_room.devices.get(plan.device)(Job(), plan.settings, target=plan.target, say=ui.detail)
         return _result(raw, Path(plan.target or ""), None, begin, ui)
-    device_room.check_present(plan.device, plan.target)
+    device_room.check_present(plan.device, plan.target, plan.settings)
     networks = _networks(request)
-    names = _names(networks)
+    names, folder = _names(networks), _folder(request, networks[0])
+    exporting.check_folder(folder)
     settings, job = plan.settings, Job()
     if request.train:
         job = replace(job, train=_trainable(networks, names, settings))
     job = replace(job, models=_files(networks, names, request, ui))
-    kept = _raw_path(request, networks[0])
     ui.say(_announcement(job, plan))
     with ui.working() as say:
         raw = device_room.devices.get(plan.device)(job, settings, target=plan.target, say=say)
     if request.train:
         training, reason = _training(networks, job.train)
         raw = replace(raw, training=training, training_reason=reason)
+    kept = folder / f"raw-{plan.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     return _result(raw, raw.write(kept), networks[0], begin, ui)
 
 
@@ -112,14 +113,20 @@ def _exported(network: Path, name: str, profile: str, request: Request, ui: Cons
     chosen.check_precision(asked)
     precision = chosen.graph_precision(asked)
     want = exporting.Request(path=network, profile=profile, precision=precision, batch=request.batch or 1, data_dir=request.data_dir)
+    if request.out and not _is_of(network, exporting.target_of(want)) and not exporting.writable(exporting.target_of(want).parent):
+        want = replace(want, out=request.out / name)  # a run that is read-only
     target = exporting.target_of(want)
-    try:
-        fresh = read_record(target).provenance.weights_sha256 == compactmodel.read(network).plan["weights_sha256"]
-    except (UsageError, CorruptFile):
-        fresh = False
-    if not fresh:
+    if not _is_of(network, target):
         exporting.export(want, ui)
     return OnnxModel(target, name, request.batch or 1, precision=precision)
+
+
+def _is_of(network: Path, file: Path) -> bool:
+    """The file is there, whole, and holds the weights of the network."""
+    try:
+        return bool(read_record(file).provenance.weights_sha256 == compactmodel.read(network).plan["weights_sha256"])
+    except (UsageError, CorruptFile):
+        return False
 
 
 def _announcement(job: Job, plan: Plan) -> str:
@@ -181,12 +188,10 @@ def _steps(flops: dict[str, int], macs: dict[str, int], drawn: float, batch: int
     return steps, drawn * steps + looking, (1 - drawn) * steps
 
 
-def _raw_path(request: Request, first: Path) -> Path:
-    """Where the raw samples will be; its folder is made now, before minutes are spent on what could not be kept."""
+def _folder(request: Request, first: Path) -> Path:
+    """Where the raw samples will be."""
     run = _run_of(first)
-    folder = request.out or (run.path if run else first.parent if first.suffix == ".onnx" else first) / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"raw-{request.plan.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    return request.out or (run.path if run else first.parent if first.suffix == ".onnx" else first) / "bench"
 
 
 def _result(raw: RawBench, kept: Path, network: Path | None, begin: float, ui: Console) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -161,6 +162,18 @@ def test_power_of_the_host_is_read_like_a_rail(pair, board, monkeypatch):
     assert set(seen["values"]) == {"package-0"}
 
 
+def test_a_sampler_that_was_killed_takes_no_latency_along(pair):
+    def kill_it(text):
+        if "repeat 2" in text:
+            (child,) = Path("/proc/thread-self/children").read_text().split()
+            os.kill(int(child), signal.SIGKILL)
+
+    raw = devices.get("cpu")(Job(pair[:1]), SWIFT, say=kill_it)
+    assert raw.power.source is None and raw.power.reason == "the sampler process died"
+    found = report(raw).reports[0]
+    assert found.n > 0 and found.energy.mj_per_inference is None and "sampler" in found.energy.reason
+
+
 # ---------------------------------------------------------------------------------------------------- cuda and replay
 
 
@@ -201,6 +214,14 @@ def test_replay_says_what_the_bench_said(pair, tmp_path):
         (lambda r: r["power"].update(t_ns=[1, 2]) or r["power"].update(values={"VDD_IN": [1]}), "1 readings of VDD_IN for 2 stamps"),
         (lambda r: r["windows"][0].update(artifact=7), "a window of artifact 7, and 1 artifacts"),
         (lambda r: r.update(power=3), "is no raw bench record"),
+        (lambda r: r["windows"][0].update(artifact=0.5), "a window of artifact 0.5"),
+        (lambda r: r["windows"][0].update(latency_ns=["soon"]), "whose numbers are none"),
+        (lambda r: r["windows"][0].update(latency_ns=[]), "a load window of nothing"),
+        (lambda r: r["windows"][0].update(end_ns=-1), "a load window from"),
+        (lambda r: r["artifacts"][0].update(batch=0), "of batch 0"),
+        (lambda r: r["power"].update(t_ns=[1], values={"VDD_IN": ["much"]}), "readings of VDD_IN that are no numbers"),
+        (lambda r: r["power"].update(t_ns=[None], values={"VDD_IN": [1]}), "stamps that are no whole numbers"),
+        (lambda r: r.update(training=dict(TOTAL)), "a training of dense and another"),
     ],
 )
 def test_a_damaged_record_is_named(pair, tmp_path, change, words):
@@ -211,6 +232,7 @@ def test_a_damaged_record_is_named(pair, tmp_path, change, words):
         RawBench.read(tmp_path / "raw.json")
 
 
+TOTAL = {"run": "r", "dense": "dense", "ticket": "another", "dense_steps": 9.0, "search_steps": 1.0, "ticket_steps": 5.0}
 RAW = RawBench.from_dict(
     {
         "schema": 1, "device": "cpu", "simulated": False, "settings": {}, "environment": {},

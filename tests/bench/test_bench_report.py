@@ -174,6 +174,10 @@ def test_a_counter_is_read_like_a_rail():
         (lambda r: dataclasses.replace(r, windows=stepped(r.windows)), "the wall clock was stepped by 7200.0 s"),
         (lambda r: record(busy_mw=(2030.0, 2030.0), noise_mw=0.4), "is coarse"),
         (lambda r: dataclasses.replace(r, train_reason="no torch there"), "training: no torch there"),
+        (
+            lambda r: dataclasses.replace(r, artifacts=(r.artifacts[0], dataclasses.replace(r.artifacts[1], batch=8))),
+            "the batches are 1 and 8: compare images a second",
+        ),
     ],
 )
 def test_warnings(change, words):

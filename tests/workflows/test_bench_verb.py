@@ -239,6 +239,29 @@ def test_no_gpu_is_said_before_anything_is_exported(run, monkeypatch):
     assert not list((run / "export").glob("*-gpu-*"))
 
 
+def test_what_cannot_be_is_said_before_anything_is_exported(run, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    before = sorted(run.resolve().rglob("*"))
+    for words, said in (
+        (("--out", tmp_path / "file"), "file is a file"),
+        (("--device", "cpu:1"), "there is one CPU"),
+        (("--threads", "4096"), "may use"),
+    ):
+        prunectl("bench", run, "--batch", "7", *words).refused(2, said)
+    assert sorted(run.resolve().rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_that_is_read_only(run, trained, tmp_path):
+    """Really read-only, for root too: samples, and files that the run has not yet, go to --out."""
+    place = run.resolve()
+    command = f"{sys.executable} -m prunectl bench {place} --batch 2 {' '.join(SWIFT)}"
+    script = f"mount --bind {place} {place} && mount -o remount,ro,bind {place} && {{ {command}; {command} --out {tmp_path}; }}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"{place / 'bench'} cannot be written to" in done.stderr, done
+    assert len(list(tmp_path.glob("raw-cpu-*.json"))) == 1
+    assert (tmp_path / "dense" / "dense-b2-cpu-fp32.onnx").is_file() and (tmp_path / "compact" / "compact-b2-cpu-fp32.onnx").is_file()
+
+
 def test_no_run_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prunectl("bench").refused(2, "there is no run or saved network at runs/latest")
