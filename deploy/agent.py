@@ -425,7 +425,7 @@ class Board(object):
             return
         if not self.trtexec or not os.access(self.trtexec, os.X_OK):
             where = self.trtexec or os.path.join(self.root, "usr/src/tensorrt/bin/trtexec")
-            raise Refused("no-trtexec", "no trtexec at %s: install JetPack's TensorRT, or name it with --trtexec" % where)
+            raise Refused("no-trtexec", "no trtexec at %s: install JetPack's TensorRT, or name it (--trtexec, bench.trtexec)" % where)
         self.version = trtexec_version(self.guard, self.trtexec)
         if self.version < (8, 0):
             raise Refused("version", "TensorRT %d.%d is too old: 8.0 or later is needed (JetPack 4.6)" % self.version[:2])
@@ -674,7 +674,7 @@ def main(argv):
     parser.add_argument("verb", choices=["bench", "build", "sample", "serve"])
     parser.add_argument("-o", "--out", help="file for the JSON; default: stdout")
     parser.add_argument("--root", help="look for sensors and tools under this folder; default: /")
-    parser.add_argument("--trtexec", help="path of trtexec, if it is not where JetPack puts it")
+    parser.add_argument("--trtexec", type=os.path.abspath, help="path of trtexec, if it is not where JetPack puts it")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default=DEFAULTS["precision"])
     parser.add_argument("--sparsity", choices=["disable", "enable"], default=DEFAULTS["sparsity"], help="enable: kernels for 2:4 zeros")
     parser.add_argument("--batch", type=int, default=1, help="images in one inference, as the file was exported")

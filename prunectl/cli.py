@@ -345,7 +345,10 @@ def bench(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="one setting, e.g. bench.workspace_mb=256 (repeatable)")
     ] = None,
     data_dir: DataDirOpt = None,
-    out: Annotated[Path | None, typer.Option("--out", help="folder of the raw samples (default: bench/ inside the run)")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder of the raw samples, and of what a read-only run cannot take (default: bench/ inside the run)"),
+    ] = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,
     verbose: VerboseOpt = 0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunectl.bench.board import build_engines, measure
+from prunectl.bench.board import agent_path, build_engines, measure
 from prunectl.bench.devices import jetson_host
 from prunectl.bench.records import Job, OnnxModel, Settings
 from prunectl.bench.ssh import checked_host
@@ -18,7 +18,6 @@ from prunectl.export.artifact import Artifact
 from prunectl.export.profiles import Profile
 from prunectl.export.tensorrt import Compiler
 from prunectl.files import sha256
-from prunectl.shipped import shipped
 
 LARGEST_BATCH = 8  # of an engine whose file leaves the batch free
 NEWEST_TX2 = 32  # L4T release of JetPack 4, the TX2's last; JetPack 5 and 6 are 34 to 36
@@ -135,7 +134,7 @@ def _check_reader(board: Board, version: str, profile: Profile, precision: str) 
 
 
 def _bundled(where: Nowhere, model: Path, sparse: bool) -> tuple[dict[str, Any], str]:
-    packed = bundle.write(model.with_suffix(".bundle"), model, shipped("deploy") / "agent.py", sparse=sparse)
+    packed = bundle.write(model.with_suffix(".bundle"), model, agent_path(), sparse=sparse)
     note = f"no engine: {where.reason}; wrote the bundle {packed.path}: copy it to the board and run there: {packed.command}"
     return {
         "path": str(packed.path.resolve()),

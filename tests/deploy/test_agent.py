@@ -329,6 +329,14 @@ def test_build_alone(board, dense, tmp_path):
     assert board.leftovers() == []
 
 
+def test_a_trtexec_named_from_where_the_user_stands(board, dense):
+    """Tools run in the session's folder, which is another one."""
+    named = os.path.relpath(board.trtexec)
+    process = call(board, "build", dense, "--trtexec", named)
+    (engine,) = json.loads(process.communicate(timeout=60)[0])["engines"]
+    assert process.returncode == 0 and engine["command"][0] == os.path.abspath(named)
+
+
 def test_output_file_is_whole_or_not_there(board, dense, tmp_path):
     out = tmp_path / "raw.json"
     process = call(board, "bench", dense, *HASTE, "-o", out)
