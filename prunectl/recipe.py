@@ -126,8 +126,11 @@ class Ticket(_Section):
         return value
 
 
+FADE = 80.0  # chosen on validation data, docs/LOG.md
+
+
 class Sfw(_Section):
-    constraint: str = "k-sparse"
+    constraint: str = "nm"
     k_fraction: float | None = Field(None, description="share of a tensor's entries, or filters, in a vertex; null: the set's own default")
     tau: float = Field(15.0, description="diameter of every set in units of twice the tensor's norm at the start")
     n: int | None = Field(None, ge=1, description="of N:M; null: 2, and no N:M row but for constraint nm")
@@ -135,8 +138,8 @@ class Sfw(_Section):
     p: float | Literal["inf"] = Field(2.0, description="of constraint lp")
     rescale: Literal["gradient", "diameter", "none"] = "gradient"
     sfw_init: bool = False
-    fade: float = Field(
-        0.0, ge=0, description="share that a weight a swept ratio would remove loses in a step at the end of the schedule, at the full rate"
+    fade: float | None = Field(
+        None, ge=0, description="how much weights that a swept ratio would remove shrink in training; null: 80, and 0 without a constraint"
     )
     sparsity: tuple[float, ...] = (*(i / 10 for i in range(1, 10)), *(i / 100 for i in range(91, 100)))
     scope: Literal["weights", "all"] = Field("weights", description="what is ranked: weights, or every parameter as published")
@@ -186,6 +189,11 @@ class Sfw(_Section):
         if n >= m:
             raise ValueError(f"n = {n} of m = {m}: n must be smaller than m, e.g. 2 of 4")
         return self
+
+    @property
+    def fading(self) -> float:
+        """The shares that a weight below every threshold loses, summed over the schedule as if at full rate and strength."""
+        return self.fade if self.fade is not None else 0.0 if self.constraint == "none" else FADE
 
     @property
     def n_of_m(self) -> tuple[int, int]:

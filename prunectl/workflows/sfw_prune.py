@@ -164,13 +164,14 @@ def _initialised(session: Session, sets: Sets) -> dict[str, float]:
 
 def fade(session: Session, settings: Sfw, removed: Sequence[Target], step: Step) -> None:
     """Shrinks what the next ratio of the sweep would remove, every few steps, the more the later and the higher the rate."""
-    if not settings.fade or not removed or step.index % FADE_EVERY:
+    if not settings.fading or not removed or step.index % FADE_EVERY:
         return
     train = session.recipe.train
     rate = session.state.optimizer.param_groups[0]["lr"] / train.lr
     turn = round(step.done * step.of_epoch) // FADE_EVERY
     weights = oneshot.prunable(session.state.model, settings.scope)
-    fade_(weights, removed[turn % len(removed)](weights), FADE_EVERY * settings.fade * rate * step.done / train.epochs)
+    share = FADE_EVERY * settings.fading / (step.of_epoch * train.epochs) * rate * step.done / train.epochs
+    fade_(weights, removed[turn % len(removed)](weights), share)
 
 
 def rate_of(session: Session, settings: Sfw) -> Callable[[float], float]:
