@@ -1,5 +1,5 @@
-"""python -m benchmarks: the short measurements in turn (minutes, on an otherwise idle machine). The long comparison of
-tickets is `python -m benchmarks.tickets`."""
+"""python -m benchmarks: the short measurements in turn (minutes, on an otherwise idle machine). The long
+comparisons are `python -m benchmarks.tickets` and `python -m benchmarks.sfw`."""
 
 from __future__ import annotations
 
