@@ -297,6 +297,9 @@ def export(
     from prunectl.workflows import export as workflow
 
     if lint_only is not None:
+        writing = {"--trt": trt, "--host": host, "--sparsity": sparsity, "--batch": batch, "--dynamic-batch": dynamic_batch}
+        if given := [flag for flag, value in (writing | {"--uint8-input": uint8_input, "--out": out}).items() if value]:
+            raise UsageError(f"--lint-only checks one file for a --profile and writes none: leave {' and '.join(given)} out")
         result = workflow.lint_only(lint_only, profile, ui)
         ui.document(result)
         raise typer.Exit(ExitStatus.VERIFICATION if result["outcome"] == "refused" else ExitStatus.OK)

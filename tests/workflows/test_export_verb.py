@@ -429,6 +429,7 @@ def test_lint_only_on_any_file(ticket, tmp_path):
     (tmp_path / "bad.onnx").write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
     prunectl("export", "--lint-only", tmp_path / "bad.onnx").refused(4, "not a readable ONNX file")
     prunectl("export", "--lint-only", tmp_path / "none.onnx").refused(2, "not a file")
+    prunectl("export", "--lint-only", newer, "--trt", "--out", tmp_path).refused(2, "leave --trt and --out out")
 
 
 def test_a_full_disk_leaves_no_file(ticket, tmp_path):
