@@ -1,9 +1,9 @@
 """Weights that pruning would remove, shrunk a little every few steps, so that removing them for good costs little.
 
-Weight decay pulls at all weights; here only the entries below a pruning
-threshold shrink, and which threshold rotates through the ratios that the network will be pruned to, so that it becomes
-prunable to all of them. Kin of growing regularization (Wang et al., ICLR 2021), which aims at one ratio. Every constraint
-set here is a ball of a norm that depends on magnitudes and falls with each of them, so that a feasible point stays one."""
+Weight decay pulls at all weights; here only the entries below a pruning threshold shrink, and which threshold rotates through
+the ratios that the network will be pruned to, so that it becomes prunable to all of them. Kin of growing regularization (Wang
+et al., ICLR 2021), which aims at one ratio. Every constraint set here is a ball of a norm that depends on magnitudes and falls
+with each of them, so that a feasible point stays one."""
 
 from __future__ import annotations
 
