@@ -232,7 +232,7 @@ def test_the_sampler_is_cheap(board):
     seen = json.loads(process.communicate(timeout=10)[0])
     assert share < 0.02
     assert seen["sampler"]["cpu_s"] / seen["sampler"]["wall_s"] < 0.02
-    assert len(seen["t_ns"]) == pytest.approx(80, abs=15)
+    assert 50 < len(seen["t_ns"]) < 95  # 80 on a machine that is not busy
 
 
 def cpu_ticks(pid: int) -> int:

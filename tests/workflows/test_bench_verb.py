@@ -108,7 +108,6 @@ def test_a_batch_and_another_precision(run, trained):
     document = measured(run / "dense", *SWIFT, "--batch", "4", "--precision", "int8")
     (report,) = document["reports"]
     assert (report["batch"], report["precision"]) == (4, "int8") and (run / "export" / "dense-b4-cpu-int8.onnx").is_file()
-    assert report["throughput_per_s"] == pytest.approx(4e3 / report["latency_ms"]["mean"], rel=0.5)
 
 
 # --------------------------------------------------------------------------------------------------- joules from a record
