@@ -32,6 +32,7 @@ ARMS = (
     ("k-support", "none"),
     ("k-support", "compiled"),
     ("nm", "none"),
+    ("nm", "compiled"),
     ("group-k-support", "none"),
     ("lp", "none"),
     ("none", "none"),

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prunectl.errors import Unsatisfiable, UsageError
+from prunectl.pruning.nm import channel_groups, nm_mask, nm_qualifies
 from prunectl.pruning.topk import like, top_k
 from prunectl.registry import Registry
 
@@ -181,7 +182,7 @@ class NM:
         return 2 * self.radius
 
     def gauge(self, x: Tensor) -> Tensor:
-        groups = _channel_groups(x, self.m).movedim(2, -1)
+        groups = channel_groups(x, self.m).movedim(2, -1)
         return _norm(_k_support_norm(groups, self.n)) / self.radius
 
     shrink = _shrink
@@ -249,33 +250,6 @@ def filter_norms(x: Tensor) -> Tensor:
     """(C,) L2 norms of the C filters x[c], of x (C, ...)."""
     norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x.abs()
     return norms
-
-
-def nm_qualifies(shape: torch.Size, m: int) -> bool:
-    """Whether a weight (out, in, ...) splits into groups of m consecutive input channels; depthwise and 1-D ones do not."""
-    return len(shape) >= 2 and shape[1] % m == 0
-
-
-def nm_mask(x: Tensor, n: int, m: int) -> Tensor:
-    """True on the n largest magnitudes of every m consecutive input channels of x (out, in, ...); ties to the lowest channel.
-
-    By m(m-1)/2 comparisons of slices, so without a sort or an index. Raises UsageError if x does not qualify."""
-    members = _channel_groups(x.abs(), m).movedim(2, 0).contiguous()
-    beaten_by = torch.zeros_like(members, dtype=torch.int8)
-    for i in range(m):
-        for j in range(i + 1, m):
-            first_wins = members[i] >= members[j]
-            beaten_by[j] += first_wins
-            beaten_by[i] += ~first_wins
-    kept = (beaten_by < n).movedim(0, 2).reshape(x.shape)
-    return kept if x.is_contiguous() else torch.empty_like(x, dtype=torch.bool).copy_(kept)
-
-
-def _channel_groups(x: Tensor, m: int) -> Tensor:
-    """x (out, in, ...) as (out, in / m, m, ...)."""
-    if not nm_qualifies(x.shape, m):
-        raise UsageError(f"constraint nm: a tensor of shape {tuple(x.shape)} has no input channels in groups of {m}; use an L2 ball.")
-    return x.reshape(x.shape[0], -1, m, *x.shape[2:])
 
 
 def _onto_sphere_(x: Tensor, radius: float) -> Tensor:

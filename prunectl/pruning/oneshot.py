@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from prunectl.errors import Unsatisfiable, UsageError
-from prunectl.pruning.constraints import filter_norms, nm_mask, nm_qualifies
+from prunectl.pruning.constraints import filter_norms
+from prunectl.pruning.nm import nm_mask, nm_qualifies
 from prunectl.pruning.topk import top_k_mask
 
 Scope = Literal["weights", "all"]

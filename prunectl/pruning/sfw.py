@@ -108,8 +108,8 @@ class SFW(Optimizer):
         SFW([{"params": [p], "constraint": KSparse(k=K, radius=tau)}, ...], lr=1.0, momentum=0.9)
 
     With `Unconstrained()` it is `torch.optim.SGD(lr, momentum=rho, dampening=rho)`, weight decay included, which no other set
-    accepts. Parameters start feasible after `feasible_()`. `kernel="compiled"` steps contiguous float32 tensors on K-sparse and
-    k-support sets in C (sfw_kernel.py: CPU only, needs a C compiler, equal but for rounding). `state_dict` holds tensors and
+    accepts. Parameters start feasible after `feasible_()`. `kernel="compiled"` steps contiguous float32 tensors on K-sparse,
+    k-support, N:M and L2 sets in C (sfw_kernel.py: CPU only, needs a C compiler, equal but for rounding). `state_dict` holds tensors and
     plain numbers only. Raises UsageError for values out of range, at construction and at the step if a scheduler put them there.
     """
 

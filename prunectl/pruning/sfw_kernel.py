@@ -1,9 +1,8 @@
 """The streamed step of sfw_stream.py in C, for contiguous float32 tensors: SFW(..., kernel="compiled").
 
 The C source beside this file is built once a process by the machine's own compiler (`CC`, else `cc`), for its own processor,
-in a temporary folder that is gone after loading. Exact support, sums in double: results differ from the uncompiled step by
-rounding only. Tensors are shared out to `torch.get_num_threads()` threads whole, so results do not
-depend on their number."""
+in a temporary folder that is gone after loading. Exact support: results differ from the uncompiled step by
+rounding only, and do not depend on the number of threads, `torch.get_num_threads()`."""
 
 from __future__ import annotations
 
@@ -14,19 +13,18 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from prunectl.errors import UsageError
-from prunectl.pruning.constraints import KSparse
-from prunectl.pruning.sfw_stream import Job
+from prunectl.pruning.constraints import KSparse, KSupport
+from prunectl.pruning.sfw_stream import Job, groups_of
 
 SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-O2", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp-simd", "-shared", "-fPIC")
+_FLAGS = ("-O2", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 _LEAST_SCRATCH = 3 << 13  # floats
-_SIGNS, _VALUES = 0, 1
+_SIGNS, _VALUES, _PATTERN = 0, 1, 2
 _GRADIENT, _FIXED = 0, 1
 
 
@@ -37,6 +35,8 @@ class _Task(ctypes.Structure):
         ("g", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
         ("vertex", ctypes.c_int32),
         ("rescale", ctypes.c_int32),
         ("weight", ctypes.c_float),
@@ -51,59 +51,40 @@ class _Task(ctypes.Structure):
 
 def fits(job: Job) -> bool:
     """Whether the compiled step can take this tensor."""
-    return job.w.dtype == torch.float32 and job.w.is_contiguous()
+    takes = job.w.dtype == torch.float32 and job.w.is_contiguous()
+    groups = groups_of(job)
+    return takes and (groups is None or 4 * groups.m * groups.stride <= _LEAST_SCRATCH)
 
 
 def run_(jobs: Sequence[Job]) -> int:
     """Every job's w and m moved by one step, in place; the number of steps that were clamped at their vertex."""
-    shares = _shared_out(jobs, torch.get_num_threads())
-    if len(shares) == 1:
-        return _run_share(shares[0])
-    return sum(_threads(len(shares)).map(_run_share, shares))
-
-
-def _run_share(jobs: Sequence[Job]) -> int:
+    jobs = sorted(jobs, key=lambda job: -job.w.numel())
     tasks = (_Task * len(jobs))(*map(_task, jobs))
-    scratch = torch.empty(max(_LEAST_SCRATCH, max(job.w.numel() for job in jobs) // 8))
-    library().sfw_steps(tasks, len(jobs), scratch.data_ptr(), scratch.numel())
+    threads = min(torch.get_num_threads(), len(jobs))
+    room = max(_LEAST_SCRATCH, jobs[0].w.numel() // 8)
+    scratch = torch.empty(threads * room)
+    library().sfw_steps(tasks, len(jobs), scratch.data_ptr(), room, threads)
     for job, task in zip(jobs, tasks, strict=True):
-        job.bracket.saw(task.kth, torch.float32)
+        if task.vertex != _PATTERN:
+            job.bracket.saw(task.kth, torch.float32)
     return sum(task.gamma > 1 for task in tasks)
 
 
 def _task(job: Job) -> _Task:
     low, high = job.bracket.guess or (1, 0)  # nothing lies in [1, 0]: select from all
-    size = job.w.numel()
+    size, kept, groups = job.w.numel(), job.constraint, groups_of(job)
+    if groups:
+        k, group, stride, vertex = groups.n, groups.m, groups.stride, _PATTERN
+    else:
+        assert isinstance(kept, KSparse | KSupport)
+        k, group, stride, vertex = min(kept.k, size), size, 1, _SIGNS if isinstance(kept, KSparse) else _VALUES
     return _Task(
-        job.w.data_ptr(),
-        job.m.data_ptr(),
-        job.g.data_ptr(),
-        size,
-        min(job.constraint.k, size),
-        _SIGNS if isinstance(job.constraint, KSparse) else _VALUES,
+        *(job.w.data_ptr(), job.m.data_ptr(), job.g.data_ptr()),
+        *(size, k, group, stride, vertex),
         _GRADIENT if job.rescaled else _FIXED,
-        job.weight,
-        low,
-        high,
-        job.constraint.radius,
-        job.length,
+        *(job.weight, low, high),
+        *(kept.radius, job.length),
     )
-
-
-def _shared_out(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
-    """The jobs in at most `workers` lists of about equal work: largest first, always to the lightest list."""
-    shares: list[list[Job]] = [[] for _ in range(max(1, min(workers, len(jobs))))]
-    loads = [0] * len(shares)
-    for job in sorted(jobs, key=lambda job: -job.w.numel()):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(job)
-        loads[lightest] += job.w.numel()
-    return shares
-
-
-@functools.cache
-def _threads(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="sfw")
 
 
 @functools.cache
@@ -121,5 +102,6 @@ def library() -> ctypes.CDLL:
                 f"SFW kernel: '{compiler[0]}' failed: {error.stderr.strip().splitlines()[-1]}; leave the kernel out."
             ) from None
         loaded = ctypes.CDLL(str(target))
-    loaded.sfw_steps.argtypes, loaded.sfw_steps.restype = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64), None
+    loaded.sfw_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
+    loaded.sfw_steps.restype = None
     return loaded

@@ -18,7 +18,7 @@ from torch import Tensor
 _INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _CODES = {torch.float64: ("q", "d"), torch.float32: ("i", "f"), torch.float16: ("h", "e")}  # of the struct module
 _OCTAVE = {dtype: round(1 / torch.finfo(dtype).eps) for dtype in _INTEGER}  # integers from one power of two to the next
-_MAGNITUDE = {t().itemsize: np.array(np.iinfo(t).max, t) for t in (np.int64, np.int32, np.int16)}  # every bit but the sign
+MAGNITUDE = {t().itemsize: np.array(np.iinfo(t).max, t) for t in (np.int64, np.int32, np.int16)}  # every bit but the sign
 CHUNK = 1 << 18  # entries; few enough to stay in cache, enough to drown the cost of a call
 _SCANNED = 1 << 16  # entries; a few such arrays sit in a core's L2 cache
 PARTITION_UPTO = 1 << 13  # entries; up to this a plain partition is the faster way
@@ -130,14 +130,14 @@ def kth_largest(bits: np.ndarray, k: int) -> tuple[int, int]:
         scan.add(bits)
         if found := scan.kth_largest(k):
             return found
-    return _select(bits & _MAGNITUDE[bits.dtype.itemsize], k)
+    return _select(bits & MAGNITUDE[bits.dtype.itemsize], k)
 
 
 class Scan:
     """Counts the magnitudes above a bracket and collects those in it, part by part of a tensor's bits."""
 
     def __init__(self, low: int, high: int, dtype: np.dtype) -> None:
-        self._magnitude = _MAGNITUDE[dtype.itemsize]
+        self._magnitude = MAGNITUDE[dtype.itemsize]
         self._low, self._high = max(low, 0), min(high, int(self._magnitude))
         self._above, self._inside = 0, [np.empty(0, dtype)]
         self._buffer, self._beyond, self._within = np.empty(_SCANNED, dtype), np.empty(_SCANNED, bool), np.empty(_SCANNED, bool)
@@ -167,7 +167,7 @@ def _sampled_bracket(bits: np.ndarray, k: int) -> tuple[int, int]:
     stride = max(bits.size // 16384, min(32, bits.size // 1024))
     while math.gcd(stride, 210) != 1:  # no stride in step with kernel sizes or channel counts
         stride += 1
-    magnitude = _MAGNITUDE[bits.dtype.itemsize]
+    magnitude = MAGNITUDE[bits.dtype.itemsize]
     sample = bits[::stride] & magnitude
     share = k / bits.size
     rank = sample.size * (1 - share)

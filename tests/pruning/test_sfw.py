@@ -11,7 +11,7 @@ from torch import nn
 
 from prunectl.errors import UsageError
 from prunectl.pruning import constraints as c
-from prunectl.pruning import sfw_kernel, sfw_schedule, topk
+from prunectl.pruning import nm, sfw_kernel, sfw_schedule, topk
 from prunectl.pruning.sfw import SFW, frank_wolfe_gap, frank_wolfe_step
 from tests.reference import sfw_oracle as oracle
 
@@ -40,6 +40,7 @@ def use_route_without_sync(monkeypatch):
         return x.clone() if k >= x.numel() else topk._top_k_without_sync(x, k)
 
     monkeypatch.setattr(c, "top_k", top_k)
+    monkeypatch.setattr(c, "nm_mask", nm._mask_without_sync)
     monkeypatch.setattr(SFW, "_reads_back", False)
 
 
