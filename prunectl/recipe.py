@@ -111,6 +111,12 @@ class Ticket(_Section):
             raise ValueError(f"draws = {self.draws} with {other}: several draws train on in between, with the weights they have")
         return self
 
+    @property
+    def last_fixed_draw(self) -> float | None:
+        """Epochs after which the last ticket is drawn, where `detector` is epoch:N; the others decide as they go."""
+        name, _, at = self.detector.partition(":")
+        return float(at) + (self.draws - 1) * self.draw_every if name == "epoch" and _is_number(at) else None
+
     @field_validator("round_to", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
@@ -124,6 +130,14 @@ class Ticket(_Section):
         if value not in ("inherit", "reinit") and not (value.startswith("rewind:") and value[7:].isdigit()):
             raise ValueError("must be inherit, reinit or rewind:E with an epoch E, e.g. rewind:0")
         return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 FADE = 80.0  # chosen on validation data, docs/LOG.md
@@ -228,6 +242,9 @@ class Recipe(_Section):
         rewind = self.ticket.weights.removeprefix("rewind:") if self.ticket else ""
         if rewind.isdigit() and int(rewind) >= self.train.epochs:
             raise ValueError(f"ticket.weights = rewind:{rewind}: the schedule has {self.train.epochs} epochs, rewind to an earlier one")
+        last = self.ticket.last_fixed_draw if self.ticket and self.verb == "find-ticket" else None
+        if last is not None and last > self.train.epochs:
+            raise ValueError(f"the last draw is due after {last:g} epochs and the schedule has {self.train.epochs}: draw earlier")
         return self
 
     @property

@@ -73,6 +73,8 @@ REFUSED = [
     ((*FIND, "--scope", "local"), 2, ["scope", "layerwise", "global"]),
     ((*FIND, "--weights", "keep"), 2, ["keep", "inherit", "rewind:"]),
     ((*FIND, "--epochs", "5", "--weights", "rewind:5"), 2, ["rewind:5", "5 epochs"]),
+    ((*FIND, "--epochs", "5", "--detector", "epoch:6"), 2, ["after 6 epochs", "schedule has 5"]),
+    ((*FIND, "--epochs", "5", "--detector", "epoch:2", "--set", "ticket.draws=5"), 2, ["after 6 epochs", "schedule has 5"]),
     ((*FIND, "--probe", "canva"), 2, ["canva", "canvas"]),
     ((*FIND, "--round-to", "some"), 2, ["round_to", "some", "auto"]),
     ((*FIND, "--round-to", "0"), 2, ["round_to", "0"]),
