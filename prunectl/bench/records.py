@@ -17,6 +17,7 @@ from prunectl import files
 from prunectl.errors import CorruptFile, UnknownName, UsageError
 
 SCHEMA = 1
+LATEST = 2**62  # of stamps, in ns: 146 years after the clock's start
 MOST = 1e6  # of any setting: more is a slip of the finger (12 days of repeats or seconds)
 T = TypeVar("T")
 
@@ -243,6 +244,8 @@ class RawBench:
     @classmethod
     def from_dict(cls, raw: Any, *, source: str = "the record") -> RawBench:
         """Raises CorruptFile naming `source` and the first thing that is not as it should be."""
+        from pydantic import TypeAdapter, ValidationError
+
         try:
             if raw["schema"] != SCHEMA:
                 raise CorruptFile(f"{source} is of schema {raw['schema']}, this release reads {SCHEMA}: measure again.")
@@ -255,31 +258,33 @@ class RawBench:
                 "training": _make(Training, raw["training"]) if raw.get("training") else None,
                 "telemetry": _make(Telemetry, raw["telemetry"]),
             })  # fmt: skip
+            bench = TypeAdapter(cls).validate_python(bench.to_dict())
             bench._check()
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise CorruptFile(f"{source} is no raw bench record: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFile(f"{source} is no raw bench record: {type(error).__name__}: {error}.") from None
         return bench
 
     def _check(self) -> None:
         for artifact in self.artifacts:
-            if not isinstance(artifact.name, str) or not _counts(artifact.batch) or artifact.batch < 1:
+            if artifact.batch < 1:
                 raise ValueError(f"an artifact called {artifact.name!r} of batch {artifact.batch!r}")
         for series in (self.power, self.telemetry):
-            if not _counts(*series.t_ns):
-                raise ValueError("stamps that are no whole numbers")
+            if any(abs(t) > LATEST for t in series.t_ns):
+                raise ValueError("stamps beyond any clock")
             for name, values in series.values.items():
                 if len(values) != len(series.t_ns):
                     raise ValueError(f"{len(values)} readings of {name} for {len(series.t_ns)} stamps")
-                if not all(v is None or isinstance(v, (int, float)) for v in values):
-                    raise ValueError(f"readings of {name} that are no numbers")
         for rail in self.power.rails:
             if rail.name not in self.power.values:
                 raise ValueError(f"no readings of rail {rail.name}")
         for window in self.windows:
             if window.artifact is not None and window.artifact not in range(len(self.artifacts)):
                 raise ValueError(f"a window of artifact {window.artifact}, and {len(self.artifacts)} artifacts")
-            if not _counts(window.repeat, window.start_ns, window.end_ns, *window.latency_ns) or window.end_ns < window.start_ns:
-                raise ValueError(f"a {window.kind} window from {window.start_ns!r} to {window.end_ns!r} ns whose numbers are none")
+            if window.end_ns < window.start_ns or max(abs(window.start_ns), window.end_ns, *window.latency_ns, 0) > LATEST:
+                raise ValueError(f"a {window.kind} window from {window.start_ns} to {window.end_ns} ns")
             if window.kind in ("load", "train") and (window.artifact is None or not window.latency_ns or window.end_ns == window.start_ns):
                 raise ValueError(f"a {window.kind} window of nothing")
         known = [artifact.name for artifact in self.artifacts]
@@ -300,11 +305,6 @@ class RawBench:
         except ValueError as error:
             raise CorruptFile(f"{path} is not JSON ({error}); expected the raw.json of a bench.") from None
         return cls.from_dict(raw, source=str(path))
-
-
-def _counts(*values: Any) -> bool:
-    """They are whole numbers."""
-    return all(isinstance(value, int) for value in values)
 
 
 def _make(kind: type[T], values: Mapping[str, Any]) -> T:

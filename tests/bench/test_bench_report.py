@@ -1,6 +1,9 @@
 """What a report says of records made by hand: every number can be worked out on paper."""
 
+import contextlib
+import copy
 import dataclasses
+import functools
 import json
 import re
 
@@ -11,6 +14,7 @@ from prunectl.bench import energy
 from prunectl.bench.records import Artifact, Power, Rail, RawBench, Telemetry, Training, Window
 from prunectl.bench.report import BenchReport, report, training_total
 from prunectl.bench.stats import NotMeasured
+from prunectl.errors import PrunectlError
 
 S = 1_000_000_000
 
@@ -228,3 +232,26 @@ def test_a_raw_record_survives_json(tmp_path):
     again = RawBench.read(raw.write(tmp_path / "raw.json"))
     assert again == raw
     assert report(again) == report(raw)
+
+
+def leaves(value, path=()):
+    """Paths of everything in a record, of long lists the first entries."""
+    if path:
+        yield path
+    pairs = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield from leaves(inner, (*path, key))
+
+
+@pytest.mark.parametrize("bad", [None, -1, 10**30, float("nan"), "x", [], {"a": 1}], ids=repr)
+def test_a_record_with_one_wrong_value_is_analysed_or_refused_in_a_sentence(bad):
+    whole = json.loads(json.dumps(dataclasses.asdict(record(repeats=2, seconds=0.5))))
+    tried = 0
+    for path in leaves(whole):
+        damaged = copy.deepcopy(whole)
+        place = functools.reduce(lambda inner, key: inner[key], path[:-1], damaged)
+        place[path[-1]] = bad
+        with contextlib.suppress(PrunectlError):
+            report(RawBench.from_dict(damaged))
+        tried += 1
+    assert tried > 70
