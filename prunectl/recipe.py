@@ -148,7 +148,7 @@ class Sfw(_Section):
     k_fraction: float | None = Field(None, description="share of a tensor's entries, or filters, in a vertex; null: the set's own default")
     tau: float = Field(15.0, description="diameter of every set in units of twice the tensor's norm at the start")
     n: int | None = Field(None, ge=1, description="of N:M; null: 2, and no N:M row but for constraint nm")
-    m: int | None = Field(None, ge=2, description="of N:M; null: 4, and no N:M row but for constraint nm")
+    m: int | None = Field(None, ge=2, le=127, description="of N:M; null: 4, and no N:M row but for constraint nm")
     p: float | Literal["inf"] = Field(2.0, description="of constraint lp")
     rescale: Literal["gradient", "diameter", "none"] = "gradient"
     sfw_init: bool = False

@@ -6,6 +6,7 @@ All stamps of one record are of one monotonic clock, in ns; only their differenc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -244,7 +245,7 @@ class RawBench:
     @classmethod
     def from_dict(cls, raw: Any, *, source: str = "the record") -> RawBench:
         """Raises CorruptFile naming `source` and the first thing that is not as it should be."""
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
             if raw["schema"] != SCHEMA:
@@ -258,7 +259,7 @@ class RawBench:
                 "training": _make(Training, raw["training"]) if raw.get("training") else None,
                 "telemetry": _make(Telemetry, raw["telemetry"]),
             })  # fmt: skip
-            bench = TypeAdapter(cls).validate_python(bench.to_dict())
+            _adapter().validate_json(json.dumps(bench.to_dict()), strict=True)
             bench._check()
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
@@ -305,6 +306,14 @@ class RawBench:
         except ValueError as error:
             raise CorruptFile(f"{path} is not JSON ({error}); expected the raw.json of a bench.") from None
         return cls.from_dict(raw, source=str(path))
+
+
+@functools.cache
+def _adapter() -> Any:
+    """What checks the type of every field."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RawBench)
 
 
 def _make(kind: type[T], values: Mapping[str, Any]) -> T:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from prunectl.errors import Unsatisfiable, UsageError
-from prunectl.pruning.nm import channel_groups, nm_mask, nm_qualifies
+from prunectl.pruning.nm import MOST_CHANNELS, channel_groups, nm_mask, nm_qualifies
 from prunectl.pruning.topk import like, top_k
 from prunectl.registry import Registry
 
@@ -171,7 +171,7 @@ class NM:
     def __post_init__(self) -> None:
         _require_count(self.kind, "n", self.n)
         _require_count(self.kind, "m", self.m)
-        _require(self.m < 128, self.kind, f"m = {self.m}", "at most 127")
+        _require(self.m <= MOST_CHANNELS, self.kind, f"m = {self.m}", f"at most {MOST_CHANNELS}")
         _require(self.n <= self.m, self.kind, f"n = {self.n} of m = {self.m}", "n at most m")
         _require_radius(self.kind, self.radius)
 

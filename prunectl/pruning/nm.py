@@ -14,6 +14,7 @@ from torch import Tensor
 from prunectl.errors import UsageError
 from prunectl.pruning.topk import MAGNITUDE, bits_of, is_dense, memory_order
 
+MOST_CHANNELS = 127  # of a group: what a byte counts to
 _PART = 1 << 17  # entries whose magnitudes, places and counts share a core's cache
 
 
@@ -22,22 +23,31 @@ def nm_qualifies(shape: torch.Size, m: int) -> bool:
     return len(shape) >= 2 and shape[1] % m == 0
 
 
+def check_groups(x: Tensor, m: int) -> None:
+    """Raises UsageError if x has no groups of m channels, or m is more than the counts here are made for."""
+    if not nm_qualifies(x.shape, m):
+        raise UsageError(f"constraint nm: a tensor of shape {tuple(x.shape)} has no input channels in groups of {m}; use an L2 ball.")
+    if m > MOST_CHANNELS:
+        raise UsageError(f"constraint nm: m = {m}, expected at most {MOST_CHANNELS}.")
+
+
 def channel_groups(x: Tensor, m: int) -> Tensor:
     """x (out, in, ...) as (out, in / m, m, ...). Raises UsageError if it does not split."""
-    _check(x, m)
+    check_groups(x, m)
     return x.reshape(x.shape[0], -1, m, *x.shape[2:])
 
 
 def nm_mask(x: Tensor, n: int, m: int) -> Tensor:
     """True on the n largest magnitudes of every m consecutive input channels of x (out, in, ...); laid out like x if x is dense.
 
-    Temporary memory beside the result: a cache's worth on the CPU. Raises UsageError if x does not qualify."""
-    _check(x, m)
+    Temporary memory beside the result on the CPU: m + 6 bytes an entry of a part. Raises UsageError if x does not qualify."""
+    check_groups(x, m)
     if x.device.type != "cpu":
         return _mask_without_sync(x, n, m)
     x = x if is_dense(x) else x.contiguous()
-    kept = torch.empty_like(x, dtype=torch.bool)
-    mark_kept_(memory_order(kept).numpy(), bits_of(x), n, m, x.stride(1))
+    kept = torch.ones_like(x, dtype=torch.bool)
+    if n < m:
+        mark_kept_(memory_order(kept).numpy(), bits_of(x), n, m, x.stride(1))
     return kept
 
 
@@ -63,7 +73,7 @@ def mark_kept_(kept: np.ndarray, bits: np.ndarray, n: int, m: int, stride: int) 
         np.less(count, n, out=kept[start : start + size])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def _followed(m: int, stride: int, size: int) -> list[np.ndarray]:
     """For d = 1 .. m-1, where in `size` entries the channel d further on belongs to the same group."""
     place = np.tile(np.repeat(np.arange(m), stride), size // (m * stride))
@@ -81,8 +91,3 @@ def _mask_without_sync(x: Tensor, n: int, m: int) -> Tensor:
             beaten_by[i] += ~first_wins
     kept = (beaten_by < n).movedim(0, 2).reshape(x.shape)
     return kept if x.is_contiguous() else torch.empty_like(x, dtype=torch.bool).copy_(kept)
-
-
-def _check(x: Tensor, m: int) -> None:
-    if not nm_qualifies(x.shape, m):
-        raise UsageError(f"constraint nm: a tensor of shape {tuple(x.shape)} has no input channels in groups of {m}; use an L2 ball.")

@@ -242,8 +242,9 @@ class SFW(Optimizer):
                 p.add_(m.lerp_(g, weight), alpha=-group["lr"])
             elif sfw_stream.fits(p, g, constraint):
                 length = group["lr"] / constraint.diameter(p.shape) if group["rescale"] == "diameter" else group["lr"]
-                bracket = self._brackets.setdefault(p, Bracket())
-                job = sfw_stream.Job(p, m, g, constraint, weight, group["rescale"] == "gradient", length, bracket)
+                groups = sfw_stream.groups_of(p, constraint)
+                bracket = None if groups else self._brackets.setdefault(p, Bracket())
+                job = sfw_stream.Job(p, m, g, constraint, weight, group["rescale"] == "gradient", length, groups, bracket)
                 if group["kernel"] == "compiled" and sfw_kernel.fits(job):
                     compiled.append(job)
                 else:
@@ -326,7 +327,7 @@ def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
     assert p.grad is not None
     if p.grad.is_sparse:
         raise UsageError("SFW: a sparse gradient; its steps touch every entry, so build the embedding with sparse=False.")
-    return p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad
+    return p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad.resolve_neg()
 
 
 def _all_finite(gradients: list[Tensor]) -> Tensor:

@@ -19,13 +19,14 @@ import torch
 
 from prunectl.errors import UsageError
 from prunectl.pruning.constraints import KSparse, KSupport
-from prunectl.pruning.sfw_stream import Job, groups_of
+from prunectl.pruning.sfw_stream import Job
 
 SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O2", "-march=native", "-fno-trapping-math", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-_LEAST_SCRATCH = 3 << 13  # floats
+_SCRATCH = 3 << 13  # floats a thread, at least: SAMPLE + SAMPLE / 2 of the C file, or its five arrays of a stretch of groups
 _SIGNS, _VALUES, _PATTERN = 0, 1, 2
 _GRADIENT, _FIXED = 0, 1
+_NOWHERE = 1, 0  # a bracket that nothing lies in: select from all
 
 
 class _Task(ctypes.Structure):
@@ -34,7 +35,7 @@ class _Task(ctypes.Structure):
         ("m", ctypes.c_void_p),
         ("g", ctypes.c_void_p),
         ("n", ctypes.c_int64),
-        ("k", ctypes.c_int64),
+        ("keep", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("vertex", ctypes.c_int32),
@@ -52,56 +53,56 @@ class _Task(ctypes.Structure):
 def fits(job: Job) -> bool:
     """Whether the compiled step can take this tensor."""
     takes = job.w.dtype == torch.float32 and job.w.is_contiguous()
-    groups = groups_of(job)
-    return takes and (groups is None or 4 * groups.m * groups.stride <= _LEAST_SCRATCH)
+    return takes and (job.groups is None or 5 * job.groups.m * job.groups.stride <= _SCRATCH)
 
 
 def run_(jobs: Sequence[Job]) -> int:
     """Every job's w and m moved by one step, in place; the number of steps that were clamped at their vertex."""
     jobs = sorted(jobs, key=lambda job: -job.w.numel())
     tasks = (_Task * len(jobs))(*map(_task, jobs))
-    threads = min(torch.get_num_threads(), len(jobs))
-    room = max(_LEAST_SCRATCH, jobs[0].w.numel() // 8)
+    threads = torch.get_num_threads()  # never fewer: OpenMP would end torch's other threads and torch start them again
+    room = max(_SCRATCH, jobs[0].w.numel() // 8)
     scratch = torch.empty(threads * room)
     library().sfw_steps(tasks, len(jobs), scratch.data_ptr(), room, threads)
     for job, task in zip(jobs, tasks, strict=True):
-        if task.vertex != _PATTERN:
+        if job.bracket:
             job.bracket.saw(task.kth, torch.float32)
     return sum(task.gamma > 1 for task in tasks)
 
 
 def _task(job: Job) -> _Task:
-    low, high = job.bracket.guess or (1, 0)  # nothing lies in [1, 0]: select from all
-    size, kept, groups = job.w.numel(), job.constraint, groups_of(job)
-    if groups:
-        k, group, stride, vertex = groups.n, groups.m, groups.stride, _PATTERN
+    low, high = job.bracket.guess or _NOWHERE if job.bracket else _NOWHERE
+    size, constraint = job.w.numel(), job.constraint
+    if job.groups:
+        keep, group, stride, vertex = *job.groups, _PATTERN
     else:
-        assert isinstance(kept, KSparse | KSupport)
-        k, group, stride, vertex = min(kept.k, size), size, 1, _SIGNS if isinstance(kept, KSparse) else _VALUES
+        assert isinstance(constraint, KSparse | KSupport)
+        keep, group, stride, vertex = min(constraint.k, size), size, 1, _SIGNS if isinstance(constraint, KSparse) else _VALUES
     return _Task(
         *(job.w.data_ptr(), job.m.data_ptr(), job.g.data_ptr()),
-        *(size, k, group, stride, vertex),
+        *(size, keep, group, stride, vertex),
         _GRADIENT if job.rescaled else _FIXED,
         *(job.weight, low, high),
-        *(kept.radius, job.length),
+        *(constraint.radius, job.length),
     )
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel. Raises UsageError if there is no working C compiler."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "sfw_kernel.so"
         try:
             subprocess.run([*compiler, *_FLAGS, str(SOURCE), "-o", str(target), "-lm"], check=True, capture_output=True, text=True)
+            loaded = ctypes.CDLL(str(target))
         except FileNotFoundError:
             raise UsageError(f"SFW kernel: no C compiler '{compiler[0]}'; install one, set CC, or leave the kernel out.") from None
         except subprocess.CalledProcessError as error:
-            raise UsageError(
-                f"SFW kernel: '{compiler[0]}' failed: {error.stderr.strip().splitlines()[-1]}; leave the kernel out."
-            ) from None
-        loaded = ctypes.CDLL(str(target))
+            said = (error.stderr.strip() or f"exit {error.returncode}").splitlines()[-1]
+            raise UsageError(f"SFW kernel: '{compiler[0]}' failed: {said}; leave the kernel out.") from None
+        except OSError as error:
+            raise UsageError(f"SFW kernel: what '{compiler[0]}' made cannot be used: {error}; leave the kernel out.") from None
     loaded.sfw_steps.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)
     loaded.sfw_steps.restype = None
     return loaded

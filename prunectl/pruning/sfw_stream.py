@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prunectl.pruning.constraints import NM, ConstraintSet, KSparse, KSupport, LpBall
-from prunectl.pruning.nm import mark_kept_
+from prunectl.pruning.nm import check_groups, mark_kept_
 from prunectl.pruning.topk import (
     CHUNK,
     PARTITION_UPTO,
@@ -31,29 +31,9 @@ from prunectl.pruning.topk import (
     memory_order,
 )
 
-_CANCELLED = 0.1  # below this share of |w|^2, rounding of the sums would show in |w - v|: subtract entry by entry
-
-
-class Job(NamedTuple):
-    """One tensor's step: weights, momentum, gradient, laid out alike; `weight` is the gradient's share in the average.
-
-    gamma is length |m| / |w - v| if `rescaled`, else `length`."""
-
-    w: Tensor
-    m: Tensor
-    g: Tensor
-    constraint: KSparse | KSupport | NM | LpBall
-    weight: float
-    rescaled: bool
-    length: float
-    bracket: Bracket
-
-
-def fits(p: Tensor, g: Tensor, constraint: ConstraintSet) -> bool:
-    """Whether a tensor can be stepped this way: float32 or float64 on the CPU, all of it in one layout."""
-    same = p.device.type == "cpu" and p.dtype == g.dtype and p.dtype in (torch.float32, torch.float64) and p.stride() == g.stride()
-    known = isinstance(constraint, KSparse | KSupport | NM) or (isinstance(constraint, LpBall) and constraint.p == 2)
-    return known and same and is_dense(p)
+_NEAR = 0.1  # |w - v|^2 below this share of |w|^2: rounding of the sums would show in it
+_SQUARES = 1e-30, 1e38  # sums of squares of float32 that nothing was lost of, to either side
+_DOT = 1 << 15  # entries whose products are summed in their own precision
 
 
 class Groups(NamedTuple):
@@ -64,11 +44,44 @@ class Groups(NamedTuple):
     stride: int
 
 
-def groups_of(job: Job) -> Groups | None:
-    """The groups of an N:M set; an L2 ball keeps one of every one."""
-    if isinstance(job.constraint, NM):
-        return Groups(job.constraint.n, job.constraint.m, job.m.stride(1))
-    return Groups(1, 1, 1) if isinstance(job.constraint, LpBall) else None
+class Job(NamedTuple):
+    """One tensor's step: weights, momentum, gradient, laid out alike; `weight` is the gradient's share in the average.
+
+    gamma is length |m| / |w - v| if `rescaled`, else `length`. Either `groups` or a `bracket` says how a vertex is found."""
+
+    w: Tensor
+    m: Tensor
+    g: Tensor
+    constraint: KSparse | KSupport | NM | LpBall
+    weight: float
+    rescaled: bool
+    length: float
+    groups: Groups | None
+    bracket: Bracket | None
+
+
+class Sums(NamedTuple):
+    """|m|^2, |w|^2, <w, u>, |u|^2."""
+
+    mm: float
+    ww: float
+    wu: float
+    uu: float
+
+
+def fits(p: Tensor, g: Tensor, constraint: ConstraintSet) -> bool:
+    """Whether a tensor can be stepped this way: float32 or float64 on the CPU, all of it in one layout."""
+    same = p.device.type == "cpu" and p.dtype == g.dtype and p.dtype in (torch.float32, torch.float64) and p.stride() == g.stride()
+    known = isinstance(constraint, KSparse | KSupport | NM) or (isinstance(constraint, LpBall) and constraint.p == 2)
+    return known and same and is_dense(p)
+
+
+def groups_of(p: Tensor, constraint: ConstraintSet) -> Groups | None:
+    """The groups of an N:M set; an L2 ball keeps one of every one. Raises UsageError for a tensor without such groups."""
+    if isinstance(constraint, NM):
+        check_groups(p, constraint.m)
+        return Groups(constraint.n, constraint.m, p.stride(1)) if constraint.n < constraint.m else Groups(1, 1, 1)
+    return Groups(1, 1, 1) if isinstance(constraint, LpBall) else None
 
 
 def step_(job: Job, memory: Tensor | None) -> float:
@@ -76,16 +89,14 @@ def step_(job: Job, memory: Tensor | None) -> float:
 
     memory: 1-D, to lay u over (`topk.like`); new memory costs more than the step."""
     shaped = like(job.m, memory)
-    groups = groups_of(job)
-    norm2, ww, wu, uu = _average_and_mark_(job, shaped, groups) if groups else _average_and_select_(job, shaped)
-    if not norm2 or not uu:
-        return 0.0
-    w, u = memory_order(job.w.detach()), memory_order(shaped)
-    scale = -job.constraint.radius / (1.0 if isinstance(job.constraint, KSparse) else math.sqrt(uu))
-    distance2 = ww - 2 * scale * wu + scale * scale * uu
-    if distance2 < _CANCELLED * ww:
-        distance2 = sum(float((x - scale * y).square().sum()) for x, y in _parts(w, u))
-    if not distance2:
+    sums = _average_and_mark_(job, shaped, job.groups) if job.groups else _average_and_select_(job, shaped)
+    w, m, u = (memory_order(x.detach()) for x in (job.w, job.m, shaped))
+    norm2, scale, distance2 = _aim(job, sums)
+    if not all(_SQUARES[0] < x < _SQUARES[1] for x in (sums.mm, sums.uu)) or not distance2 >= _NEAR * sums.ww:
+        norm2, uu = _square(m), _square(u)
+        scale = _scale(job, uu)
+        distance2 = sum(float((x.double() - (scale * y).double()).square().sum()) for x, y in _parts(w, u))
+    if not norm2 or not distance2 or not abs(scale) < torch.finfo(w.dtype).max:
         return 0.0
     gamma = job.length * math.sqrt(norm2 / distance2) if job.rescaled else job.length
     for x, y in _parts(w, u):
@@ -93,28 +104,43 @@ def step_(job: Job, memory: Tensor | None) -> float:
     return gamma
 
 
-def _average_and_mark_(job: Job, shaped: Tensor, groups: Groups) -> tuple[float, float, float, float]:
-    """m averaged, u = m where its group keeps it, else 0; (|m|^2, |w|^2, <w, u>, |u|^2)."""
+def _aim(job: Job, sums: Sums) -> tuple[float, float, float]:
+    """|m|^2, v / u and |w - v|^2 from the sums."""
+    scale = _scale(job, sums.uu)
+    return sums.mm, scale, sums.ww - 2 * scale * sums.wu + scale * scale * sums.uu
+
+
+def _scale(job: Job, uu: float) -> float:
+    """v / u; infinite if u is 0."""
+    if isinstance(job.constraint, KSparse):
+        return -job.constraint.radius
+    return -job.constraint.radius / math.sqrt(uu) if uu else -math.inf
+
+
+def _square(x: Tensor) -> float:
+    return sum(float(part.double().square().sum()) for (part,) in _parts(x))
+
+
+def _average_and_mark_(job: Job, shaped: Tensor, groups: Groups) -> Sums:
+    """m averaged, u = m where its group keeps it, else 0."""
     w, m, g, u = (memory_order(x.detach()) for x in (job.w, job.m, job.g, shaped))
     size = max(1, CHUNK // (groups.m * groups.stride)) * groups.m * groups.stride
     kept = np.empty(min(size, m.numel()), bool)
-    norm2 = ww = wu = uu = 0.0
-    with np.errstate(over="ignore"):
-        for x, y, z, v in zip(*(torch.split(part, size) for part in (m, g, w, u)), strict=True):
-            average, a, b, marks = x.lerp_(y, job.weight).numpy(), z.numpy(), v.numpy(), kept[: x.numel()]
-            if groups.n < groups.m:
-                mark_kept_(marks, bits_of(x), *groups)
-                np.multiply(average, marks, out=b)
-            else:
-                np.copyto(b, average)
-            norm2 += float(np.dot(average, average))
-            ww, wu, uu = ww + float(np.dot(a, a)), wu + float(np.dot(a, b)), uu + float(np.dot(b, b))
-    return norm2, ww, wu, uu
+    total = np.zeros(4)
+    for x, y, z, v in zip(*(torch.split(part, size) for part in (m, g, w, u)), strict=True):
+        average, a, b, marks = x.lerp_(y, job.weight).numpy(), z.numpy(), v.numpy(), kept[: x.numel()]
+        if groups.n < groups.m:
+            mark_kept_(marks, bits_of(x), *groups)
+            np.multiply(average, marks, out=b)
+        else:
+            np.copyto(b, average)
+        total += _dot(average, average), *_products(a, b)
+    return Sums(*total.tolist())
 
 
-def _average_and_select_(job: Job, shaped: Tensor) -> tuple[float, float, float, float]:
-    """m averaged, u = sign(m) or m on its k largest magnitudes, else 0; (|m|^2, |w|^2, <w, u>, |u|^2)."""
-    assert isinstance(job.constraint, KSparse | KSupport)
+def _average_and_select_(job: Job, shaped: Tensor) -> Sums:
+    """m averaged, u = sign(m) or m on its k largest magnitudes, else 0."""
+    assert isinstance(job.constraint, KSparse | KSupport) and job.bracket
     w, m, g, u = (memory_order(x.detach()) for x in (job.w, job.m, job.g, shaped))
     k = min(job.constraint.k, m.numel())
     norm2, found = _average_(m, g, job.weight, k, job.bracket)
@@ -126,32 +152,41 @@ def _average_and_select_(job: Job, shaped: Tensor) -> tuple[float, float, float,
         wu -= float((job.w.detach()[ties] * shaped[ties]).sum())
         uu -= float(shaped[ties].square().sum())
         shaped[ties] = 0
-    return norm2, ww, wu, uu
+    return Sums(norm2, ww, wu, uu)
 
 
 def _average_(m: Tensor, g: Tensor, weight: float, k: int, bracket: Bracket) -> tuple[float, tuple[int, int] | None]:
     """m moved towards g; (|m|^2, the k-th largest and its surplus if the bracket held it)."""
     scan = Scan(*bracket.guess, bits_of(m).dtype) if bracket.guess and m.numel() > PARTITION_UPTO else None
     norm2 = 0.0
-    with np.errstate(over="ignore"):  # a length beyond the range is a clamped step
-        for x, y in _parts(m, g):
-            values = x.lerp_(y, weight).numpy()
-            norm2 += float(np.dot(values, values))
-            if scan:
-                scan.add(bits_of(x))
+    for x, y in _parts(m, g):
+        values = x.lerp_(y, weight).numpy()
+        norm2 += _dot(values, values)
+        if scan:
+            scan.add(bits_of(x))
     return norm2, scan.kth_largest(k) if scan else None
 
 
 def _direct_(u: Tensor, w: Tensor, m: Tensor, kth: int, signs: bool) -> tuple[float, float, float]:
     """u = sign(m) or m where |m| is at least the k-th largest, else 0; (|w|^2, <w, u>, |u|^2)."""
-    ww = wu = uu = 0.0
+    total = np.zeros(3)
     for x, y, z in _parts(u, w, m):
         keep_at_least_(x, z, kth)
         if signs:
             x.sign_()
-        a, b = y.numpy(), x.numpy()
-        ww, wu, uu = ww + float(np.dot(a, a)), wu + float(np.dot(a, b)), uu + float(np.dot(b, b))
+        total += _products(y.numpy(), x.numpy())
+    ww, wu, uu = total.tolist()
     return ww, wu, uu
+
+
+def _products(w: np.ndarray, u: np.ndarray) -> tuple[float, float, float]:
+    return _dot(w, w), _dot(w, u), _dot(u, u)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> float:
+    """<a, b>; infinite beyond the range."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return sum(float(np.dot(a[i : i + _DOT], b[i : i + _DOT])) for i in range(0, a.size, _DOT))
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunectl.errors import UsageError
-from prunectl.pruning import nm
+from prunectl.pruning import nm, sfw_stream
 from prunectl.pruning.constraints import NM
 from prunectl.pruning.sfw import SFW, frank_wolfe_step
 
@@ -55,11 +55,15 @@ def test_tensors_larger_than_a_part():
 def test_a_layer_without_groups_is_refused():
     with pytest.raises(UsageError, match=r"\(8, 6\) has no input channels in groups of 4"):
         nm.nm_mask(torch.ones(8, 6), 2, 4)
+    with pytest.raises(UsageError, match="m = 128, expected at most 127"):
+        nm.nm_mask(torch.ones(8, 256), 2, 128)
 
 
 @pytest.mark.parametrize("kernel", ["none", "compiled"])
-@pytest.mark.parametrize("shape", [(600, 500), (96, 320, 3, 3)], ids=["linear", "convolution"])
-def test_a_step_of_many_stretches_equals_the_plain_one(kernel, shape):
+@pytest.mark.parametrize("shape", [(700, 800), (192, 320, 3, 3), (4, 16, 40, 41)], ids=["linear", "convolution", "long stride"])
+def test_a_step_of_many_stretches_equals_the_plain_one(kernel, shape, monkeypatch):
+    monkeypatch.setattr(sfw_stream, "CHUNK", 1 << 16)  # several parts, also where groups are long
+
     def noise(seed):
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

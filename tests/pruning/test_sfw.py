@@ -486,3 +486,41 @@ def test_the_adaptive_rule_looks_every_five_epochs_at_true_means():
     assert sfw_schedule.adaptive_factor([1.0] * 25) == 1.0
     assert sfw_schedule.adaptive_scale(falling[:31], 180) == pytest.approx(1.06**2)
     assert sfw_schedule.adaptive_scale(falling[:31], 59) == 1.0  # too short for the rule
+
+
+EXTREME = {"nm": c.NM(2, 4, 1.0), "lp": c.LpBall(2.0, 1.0), "k-support": c.KSupport(7, 1.0), "k-sparse": c.KSparse(7, 1.0)}
+
+
+@pytest.mark.parametrize("kernel", ["none", "compiled"])
+@pytest.mark.parametrize("name", EXTREME)
+@pytest.mark.parametrize("size", [1e-25, 1e-21, 1e20, 1e30])
+def test_gradients_whose_squares_leave_the_range_of_float32(name, size, kernel):
+    p = nn.Parameter(0.02 * random(8, 8, seed=0, dtype=torch.float32))
+    optimizer = SFW([p], constraint=EXTREME[name], lr=0.3, rescale="diameter", kernel=kernel)
+    w = p.detach().double()
+    p.grad = (random(8, 8, seed=1) * size).float()
+    w, _ = frank_wolfe_step(w, p.grad.double(), EXTREME[name], lr=0.3, rescale="diameter")
+    optimizer.step()
+    assert torch.allclose(p.detach().double(), w, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kernel", ["none", "compiled"])
+@pytest.mark.parametrize("name", EXTREME)
+def test_a_constant_direction_leads_all_the_way_to_its_vertex(name, kernel):
+    p = nn.Parameter(0.02 * random(8, 8, seed=0, dtype=torch.float32))
+    optimizer = SFW([p], constraint=EXTREME[name], lr=0.5, rescale="none", kernel=kernel)
+    p.grad = random(8, 8, seed=1, dtype=torch.float32)
+    for _ in range(60):
+        optimizer.step()
+    vertex = EXTREME[name].lmo(p.grad.double())
+    assert float((p.detach().double() - vertex).norm() / vertex.norm()) < 1e-6  # float32's eps is 1.2e-7
+    assert int(optimizer.statistics().clamped) == 0
+
+
+@pytest.mark.parametrize("kernel", ["none", "compiled"])
+def test_a_tensor_without_groups_of_channels_is_refused(kernel):
+    for shape in ((8, 6), (8,), (2, 1, 3, 3)):
+        p = nn.Parameter(torch.ones(shape))
+        p.grad = torch.ones(shape)
+        with pytest.raises(UsageError, match="no input channels in groups of 4"):
+            SFW([p], constraint=c.NM(2, 4, 1.0), kernel=kernel).step()
