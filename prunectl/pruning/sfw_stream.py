@@ -33,7 +33,7 @@ from prunectl.pruning.topk import (
 
 _NEAR = 0.1  # |w - v|^2 below this share of |w|^2: rounding of the sums would show in it
 _SQUARES = 1e-30, 1e38  # sums of squares of float32 that nothing was lost of, to either side
-_DOT = 1 << 15  # entries whose products are summed in their own precision
+_SHORT = 1 << 15  # entries whose squares float32 adds up to a millionth, equal ones too
 
 
 class Groups(NamedTuple):
@@ -84,6 +84,7 @@ def groups_of(p: Tensor, constraint: ConstraintSet) -> Groups | None:
     return Groups(1, 1, 1) if isinstance(constraint, LpBall) else None
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def step_(job: Job, memory: Tensor | None) -> float:
     """w and m moved by one step, in place; returns gamma before it is clamped to 1, 0 if nothing moved.
 
@@ -134,7 +135,7 @@ def _average_and_mark_(job: Job, shaped: Tensor, groups: Groups) -> Sums:
             np.multiply(average, marks, out=b)
         else:
             np.copyto(b, average)
-        total += _dot(average, average), *_products(a, b)
+        total += float(np.dot(average, average)), *_products(a, b)
     return Sums(*total.tolist())
 
 
@@ -161,7 +162,7 @@ def _average_(m: Tensor, g: Tensor, weight: float, k: int, bracket: Bracket) -> 
     norm2 = 0.0
     for x, y in _parts(m, g):
         values = x.lerp_(y, weight).numpy()
-        norm2 += _dot(values, values)
+        norm2 += float(np.dot(values, values))
         if scan:
             scan.add(bits_of(x))
     return norm2, scan.kth_largest(k) if scan else None
@@ -180,13 +181,9 @@ def _direct_(u: Tensor, w: Tensor, m: Tensor, kth: int, signs: bool) -> tuple[fl
 
 
 def _products(w: np.ndarray, u: np.ndarray) -> tuple[float, float, float]:
-    return _dot(w, w), _dot(w, u), _dot(u, u)
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    """<a, b>; infinite beyond the range."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return sum(float(np.dot(a[i : i + _DOT], b[i : i + _DOT])) for i in range(0, a.size, _DOT))
+    """<w, w>, <w, u>, <u, u>; the last, which the vertex's length comes from, in shorter sums."""
+    uu = sum(float(np.dot(part, part)) for part in (u[i : i + _SHORT] for i in range(0, u.size, _SHORT)))
+    return float(np.dot(w, w)), float(np.dot(w, u)), uu
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
