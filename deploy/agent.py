@@ -12,6 +12,7 @@ Invariant: however it ends (done, Ctrl-C, hang-up, cut connection, kill -9), the
 process of the bench and removes its folder. One bench at a time: the lock is a socket name that dies with its owners."""
 
 import argparse
+import contextlib
 import errno
 import glob
 import hashlib
@@ -73,9 +74,13 @@ def write(path, record):
     """The record as JSON: a whole file or none; to stdout without a path."""
     if path is None:
         return print(json.dumps(record))
-    with open(path + ".part", "w") as f:
-        f.write(json.dumps(record))
-    os.replace(path + ".part", path)
+    try:
+        with open(path + ".part", "w") as f:
+            f.write(json.dumps(record))
+        os.replace(path + ".part", path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
 
 
 def file_sha256(path):
@@ -121,10 +126,8 @@ class Guard(object):
         shutil.rmtree(self.folder, ignore_errors=True)  # were the guard itself killed
 
     def _kill(self, pid):
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it is gone already
             os.killpg(pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # all of it is gone already
 
     def _watch(self, read_end, agent):
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -320,10 +323,8 @@ class Sampler(object):
     def stop(self):
         """What was sampled; {} if the sampler did not live to tell."""
         deadline, ended, status = time.monotonic() + 10, 0, 0
-        try:
+        with contextlib.suppress(BrokenPipeError):
             os.write(self.pipe, b".")
-        except BrokenPipeError:
-            pass
         while not ended and time.monotonic() < deadline:  # a sensor bus can hang
             ended, status = os.waitpid(self.pid, os.WNOHANG)
             time.sleep(0.01)
@@ -663,8 +664,7 @@ def sample_until_eof(args):
     root = os.path.realpath(args.root or "/")
     source, rails, skipped, reason = discover(root)
     kept = [{name: rail[name] for name in ("name", "unit", "wrap")} for rail in rails]
-    about = {"source": source, "reason": reason, "rails": kept, "skipped": skipped, "environment": environment(root)}
-    print(json.dumps(about), flush=True)
+    print(json.dumps({"source": source, "reason": reason, "rails": kept, "skipped": skipped, "environment": environment(root)}), flush=True)
     print(json.dumps(sample(rails, telemetry_files(root), args.period_ms, 0.0, 0)), flush=True)
 
 

@@ -345,6 +345,18 @@ def test_output_file_is_whole_or_not_there(board, dense, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_no_room_for_the_output(board, dense, tmp_path):
+    """On a file system of one page, really full: one sentence, and nothing half-written stays there."""
+    full = 'mount -t tmpfs -o size=4k none "$0" && { "$@"; code=$?; ls -A "$0"; exit $code; }'
+    small = tmp_path / "small"
+    small.mkdir()
+    argv = ["unshare", "-rm", "sh", "-c", full, small, PYTHON, AGENT, "bench", dense, *HASTE, "-o", small / "raw.json"]
+    process = subprocess.run(list(map(str, argv)), env={**os.environ, **board.env}, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1 and process.stdout == ""
+    assert process.stderr.strip().splitlines()[-1] == "agent.py: [Errno 28] No space left on device"
+    assert board.leftovers() == []
+
+
 def test_protocol_and_unknown_words_are_refused(board):
     for request in ({"protocol": 2}, {"protocol": 1, "warmup": 3}):
         body = json.dumps(request)
