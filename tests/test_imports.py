@@ -33,7 +33,7 @@ DOORS = {
     "click": {"cli"},
     "rich": {"cli", "console"},
     "yaml": {"recipe"},
-    "pydantic": {"recipe"},
+    "pydantic": {"recipe", "bench/records"},
     "torch_pruning": {"pruning/surgery"},
     "torch.distributed": {"dist"},
     "onnx": {"export", "bench", "workflows/export"},
