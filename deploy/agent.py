@@ -125,9 +125,9 @@ class Guard(object):
         os.waitpid(self.pid, 0)
         shutil.rmtree(self.folder, ignore_errors=True)  # were the guard itself killed
 
-    def _kill(self, pid):
+    def _kill(self, pid, kill=os.killpg):
         with contextlib.suppress(ProcessLookupError, PermissionError):  # all of it is gone already
-            os.killpg(pid, signal.SIGKILL)
+            kill(pid, signal.SIGKILL)
 
     def _watch(self, read_end, agent):
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
@@ -138,15 +138,16 @@ class Guard(object):
         while True:
             events = dict(poll.poll())
             if 1 in events or (0 in events and not os.read(0, 65536)):
-                os.kill(agent, signal.SIGKILL)
+                self._kill(agent, os.kill)
+                poll = select.poll()  # from now on only what it told before it died, to the end
+                poll.register(read_end, select.POLLIN)
+            elif events.get(read_end, 0) & select.POLLIN:
+                number = struct.unpack("i", os.read(read_end, 4))[0]
+                if number == 0:
+                    poll.register(0, select.POLLIN)
+                groups = groups | {number} if number > 0 else groups - {-number}
+            elif read_end in events:  # the agent is dead and all is read
                 break
-            data = os.read(read_end, 4) if read_end in events else struct.pack("i", -1)
-            if not data:
-                break
-            number = struct.unpack("i", data)[0]
-            if number == 0:
-                poll.register(0, select.POLLIN)
-            groups = groups | {number} if number > 0 else groups - {-number}
         for group in groups:
             self._kill(group)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -645,8 +646,7 @@ def serve(args):
 
 def by_hand(args):
     """A bench of files on this board, or their engines; the record goes to args.out, or to stdout."""
-    request = {name: value for name, value in vars(args).items() if name in DEFAULTS}
-    request["build_only"] = args.verb == "build"
+    request = dict({name: value for name, value in vars(args).items() if name in DEFAULTS}, build_only=args.verb == "build")
     paths = {file_sha256(path): path for path in args.onnx}
     request["models"] = [{"name": os.path.basename(path), "sha256": sha256, "batch": args.batch} for sha256, path in paths.items()]
 

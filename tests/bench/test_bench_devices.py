@@ -65,7 +65,8 @@ def test_two_models_in_turns_on_the_cpu(pair):
     result = report(raw)
     ratio = result.ratios[0]
     assert (ratio.metric, ratio.numerator, ratio.denominator) == ("latency_ms", "pruned", "dense")
-    assert ratio.median < 0.7  # a quarter of the MACs
+    times = [[statistics.median(w.latency_ns) for w in loads if w.artifact == i] for i in (0, 1)]
+    assert ratio.median == pytest.approx(statistics.median(b / a for a, b in zip(*times, strict=True)))  # true or not: the slow test below
     if raw.power.source is None:
         assert result.reports[0].energy.mj_per_inference is None
         assert "no power sensor answers" in result.reports[0].energy.reason
@@ -141,7 +142,9 @@ def test_training_steps_on_the_cpu():
     assert result.reports[0].train.steps == 18 and result.reports[0].latency_ms is None
     ratio = result.ratios[0]
     assert (ratio.metric, ratio.numerator, ratio.denominator) == ("ms_per_step", "ticket", "dense")
-    assert ratio.median < 0.9
+    times = [[statistics.median(w.latency_ns) for w in raw.windows if (w.kind, w.artifact) == ("train", i)] for i in (0, 1)]
+    assert all(len(t) == 3 and min(t) > 0 for t in times)  # which is faster, a busy machine does not say reliably
+    assert ratio.median == pytest.approx(statistics.median(b / a for a, b in zip(*times, strict=True)))
     if raw.power.source is None:
         assert result.reports[0].train.mj_per_step is None and "no power sensor" in result.reports[0].train.reason
 

@@ -263,6 +263,19 @@ def test_however_it_is_ended_nothing_stays(board, dense, number):
     assert board.leftovers() == []
 
 
+def test_killed_while_the_guard_was_not_running(board, dense):
+    """A busy board wakes the guard late: the agent is dead and buried, and nobody listens any more."""
+    process = running_bench(board, dense)
+    guard = board.agents()[1]
+    os.kill(guard, signal.SIGSTOP)
+    process.kill()
+    process.wait(timeout=10)
+    process.stdout.close()
+    process.stderr.close()
+    os.kill(guard, signal.SIGCONT)
+    assert board.leftovers() == []
+
+
 def test_nobody_listens_any_more(board, dense):
     process = running_bench(board, dense)
     process.stdout.close()
