@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -117,7 +118,7 @@ def train(
     from prunectl.workflows import train as workflow
 
     result = workflow.train(settings, options, ui)
-    workflow.show(result, ui)
+    workflow.show({**result, "run": out / result["run"]}, ui)
     ui.document(_absolute(result, out))
 
 
@@ -191,7 +192,7 @@ def find_ticket(
     from prunectl.workflows import find_ticket as workflow
 
     result = workflow.find_ticket(settings, options, ui)
-    workflow.show(result, ui)
+    workflow.show({**result, "run": out / result["run"]}, ui)
     ui.document(_absolute(result, out))
     if result["outcome"] == "not-found":
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
@@ -264,7 +265,7 @@ def sfw_prune(
     from prunectl.workflows import sfw_prune as workflow
 
     result = workflow.sfw_prune(settings, options, ui)
-    workflow.show(result, ui)
+    workflow.show({**result, "run": out / result["run"]}, ui)
     ui.document(_absolute(result, out))
 
 
@@ -276,7 +277,10 @@ def export(
     ] = None,
     trt: Annotated[bool, typer.Option("--trt", help="build a TensorRT engine too")] = False,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8")] = "fp32",
-    sparsity: Annotated[str | None, typer.Option("--sparsity", help="prune once first: a share of the weights such as 0.9, or 2:4")] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option("--sparsity", help="prune once first: a share of the weights such as 0.9, or 2:4 with --profile gpu, orin or rtx"),
+    ] = None,
     host: Annotated[str | None, typer.Option("--host", metavar="USER@HOST", help="the board that builds the engine; implies --trt")] = None,
     batch: Annotated[int | None, typer.Option("--batch", help="images a call (default 1)")] = None,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="any number of images a call")] = False,
@@ -441,7 +445,7 @@ def demo(
     from prunectl.workflows import demo as workflow
 
     result = workflow.demo(_options(out, device, None, False, overwrite), ui)
-    workflow.show(result, ui)
+    workflow.show(result, ui, out)
     ui.document(result)
     if result["outcome"] == "not-found":
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
@@ -449,7 +453,18 @@ def demo(
 
 def main() -> None:
     """Runs the command line and ends the process with the status that errors.py assigns."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lasts
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _first_interrupt)
     sys.exit(_run(sys.argv[1:]))
+
+
+def _first_interrupt(*_: object) -> None:
+    """The second Ctrl-C would only disturb what the first one began: saying what is saved, and ending."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run(argv: list[str]) -> int:
@@ -463,6 +478,8 @@ def _run(argv: list[str]) -> int:
         return status
     except typer.Exit as e:
         return int(e.exit_code)
+    except SystemExit:  # what typer makes of a reader that left
+        return ExitStatus.OK
     except ParseError as e:
         return _complain(argv, e.format_message(), ExitStatus.USAGE)
     except PrunectlError as e:
@@ -500,7 +517,11 @@ def _complain(argv: list[str], message: str, status: ExitStatus | int) -> int:
     if "--json" in argv and _is_first_rank():
         import json
 
-        sys.stdout.write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
+        try:
+            sys.stdout.write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
+            sys.stdout.flush()
+        except OSError:  # the disk is full, or the reader left; stderr has the sentence
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(status)
 
 

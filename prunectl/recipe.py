@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -47,10 +48,10 @@ class Data(_Section):
 class Train(_Section):
     epochs: int = Field(160, ge=0)
     batch_size: int = Field(128, ge=1)
-    lr: float = Field(0.1, gt=0)
+    lr: float = Field(0.1, gt=0, le=1e30)
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=1e30)
     schedule: Literal["multistep", "cosine", "constant"] = "multistep"
     milestones: tuple[float, ...] = Field((0.5, 0.75), description="shares of the schedule at which lr is divided by 10")
     warmup_epochs: float = Field(0.0, ge=0)
@@ -146,7 +147,7 @@ FADE = 80.0  # chosen on validation data, docs/LOG.md
 class Sfw(_Section):
     constraint: str = "nm"
     k_fraction: float | None = Field(None, description="share of a tensor's entries, or filters, in a vertex; null: the set's own default")
-    tau: float = Field(15.0, description="diameter of every set in units of twice the tensor's norm at the start")
+    tau: float = Field(15.0, gt=0, le=1e6, description="diameter of every set in units of twice the tensor's norm at the start")
     n: int | None = Field(None, ge=1, description="of N:M; null: 2, and no N:M row but for constraint nm")
     m: int | None = Field(None, ge=2, le=127, description="of N:M; null: 4, and no N:M row but for constraint nm")
     p: float | Literal["inf"] = Field(2.0, description="of constraint lp")
@@ -176,19 +177,18 @@ class Sfw(_Section):
             raise ValueError("must be in (0, 1], e.g. 0.05")
         return value
 
-    @field_validator("tau")
+    @field_validator("p", mode="before")
     @classmethod
-    def _above_0(cls, value: float) -> float:
-        if value <= 0:
-            raise ValueError("must be above 0, e.g. 15")
-        return value
-
-    @field_validator("p")
-    @classmethod
-    def _norm(cls, value: float | str) -> float | str:
-        if value != "inf" and float(value) < 1:
+    def _norm(cls, value: Any) -> Any:
+        value = "inf" if value == math.inf else value
+        if value != "inf" and not (isinstance(value, int | float) and value >= 1):
             raise ValueError("must be a number of at least 1, or inf")
         return value
+
+    @field_validator("sparsity", "channels", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int | float) else value
 
     @field_validator("sparsity", "channels")
     @classmethod
@@ -263,6 +263,7 @@ _SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "sc
 BUDGETS = ("ticket.sparsity", "ticket.target_macs", "ticket.target_params")
 NAMED = ("verb", "model.name", "data.name")
 SECTION_OF = {"find-ticket": "ticket", "sfw-prune": "sfw"}
+READ_BY = {"find-ticket": ("ticket.", "train.distill"), "sfw-prune": ("sfw.",)}
 
 
 def resolve(
@@ -281,6 +282,10 @@ def resolve(
     if verb in SECTION_OF:
         settings[SECTION_OF[verb]] = _section(settings, SECTION_OF[verb])
     given = {**(overrides or {}), **dict(_assignment(text) for text in sets)}
+    for key in given:
+        reader = next((v for v, section in READ_BY.items() if key.startswith(section) and v != verb), None)
+        if reader:
+            raise UsageError(f"{key} is read by {reader} only, and this is {verb}: leave it out")
     if any(key in BUDGETS for key in given):  # a budget on the command line replaces the file's, whichever it was
         settings["ticket"] = {k: v for k, v in _section(settings, "ticket").items() if f"ticket.{k}" not in BUDGETS}
     if verb == "sfw-prune":

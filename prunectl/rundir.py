@@ -72,6 +72,7 @@ class RunDir:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Raises CorruptFile."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -103,6 +104,9 @@ def opened(out: Path, name: str, *, resume: bool, overwrite: bool) -> Iterator[R
         run.path.mkdir(parents=True, exist_ok=True)
         lock = (run.path / ".lock").open("a+")
     except OSError as e:
+        if run.finished:
+            yield run  # of a finished run only the result is read
+            return
         raise RunFolderError(f"run folder {run.path} cannot be written: {e.strerror or e}; choose another with --out") from None
     with lock:
         try:
@@ -120,12 +124,13 @@ def opened(out: Path, name: str, *, resume: bool, overwrite: bool) -> Iterator[R
 
 
 def _check_state(run: RunDir, *, resume: bool) -> None:
-    contents = [p for p in run.path.iterdir() if p.name != ".lock" and not p.name.endswith(UNFINISHED)]
+    contents = {p.name for p in run.path.iterdir() if p.name != ".lock" and not p.name.endswith(UNFINISHED)}
     if contents and not run.recipe.is_file():
         raise RunFolderError(f"{run.path} exists and is no run folder (it has no {MARKER}); move it away or change --out")
     for left_by_a_crash in run.path.rglob(f".*{UNFINISHED}"):
         left_by_a_crash.unlink()
-    if contents and not (run.finished or resume or run.replaced):
+    begun = contents - {run.recipe.name, run.info.name}  # these two say what was asked for: nothing is lost with them
+    if begun and not (run.finished or resume or run.replaced):
         raise RunFolderError(f"{run.path} holds an unfinished run: add --resume to go on with it or --overwrite to start again")
 
 

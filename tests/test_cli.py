@@ -171,10 +171,19 @@ def test_print_recipe_is_yaml_and_with_json_one_document():
 
 
 def test_a_closed_pipe_is_met_in_silence():
-    """Whether a write still meets the closed pipe is a matter of timing; 1 is what click ends with when one does."""
     command = f"{sys.executable} -m prunectl list | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.returncode in (0, 1) and done.stderr == "" and len(done.stdout.splitlines()) == 1
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1
+
+
+def test_a_closed_or_full_stdout(tmp_path):
+    def bash(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", "-c", f"{sys.executable} -m prunectl {command}"], capture_output=True, text=True, timeout=60)
+
+    assert bash("list models >&-").returncode == 0
+    for argv in ("list models --json", "train resnet9 fashion-mini --json"):
+        full = bash(f"{argv} >/dev/full")
+        assert full.returncode == 2 and len(full.stderr.splitlines()) == 1 and full.stderr.startswith("error: ")
 
 
 def test_every_status_is_used_by_an_error_class():

@@ -18,6 +18,7 @@ from prunectl.rundir import RunDir, opened
 
 def _begin(run: RunDir) -> None:
     files.write_text(run.recipe, "verb: train\n")
+    run.checkpoints.mkdir(exist_ok=True)
 
 
 def _finish(run: RunDir) -> None:
@@ -51,6 +52,27 @@ def test_unfinished_asks_and_finished_answers(tmp_path):
         _finish(run)
     with _open(tmp_path) as run:
         assert run.finished and run.read_result() == {"answer": 42}
+
+
+def test_a_run_that_saved_nothing_yet_starts_again_unasked(tmp_path):
+    with _open(tmp_path) as run:
+        files.write_text(run.recipe, "verb: train\n")
+        files.write_json(run.info, {})
+    with _open(tmp_path) as again:
+        assert again.path == run.path
+
+
+def test_a_finished_run_answers_where_nothing_can_be_written(tmp_path):
+    """A folder in the lock's place stops root too, whom permissions do not."""
+    with _open(tmp_path) as run:
+        _begin(run)
+        _finish(run)
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()
+    with _open(tmp_path) as again:
+        assert again.read_result() == {"answer": 42}
+    with pytest.raises(RunFolderError, match="cannot be written"), _open(tmp_path, overwrite=True):
+        pass
 
 
 def test_overwrite_throws_away_only_when_the_new_run_begins(tmp_path):
@@ -89,7 +111,6 @@ def test_what_a_crash_left_half_written_is_swept_and_does_not_count(tmp_path):
         (run.path / f".recipe.yaml.abc{files.UNFINISHED}").write_text("ver")
     with _open(tmp_path) as run:
         _begin(run)
-        (run.path / "checkpoints").mkdir()
         (run.path / "checkpoints" / f".epoch.safetensors.abc{files.UNFINISHED}").write_text("")
     with _open(tmp_path, resume=True) as run:
         assert sorted(p.name for p in run.path.rglob("*")) == [".lock", "checkpoints", "recipe.yaml"]

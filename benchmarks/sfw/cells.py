@@ -29,6 +29,9 @@ ABLATED = {
     "nm-tau-5": ("--constraint", "nm", "--tau", "5", *PLAIN),
     "fade-20": ("--set", "sfw.fade=20"),
     "fade-300": ("--set", "sfw.fade=300"),
+    "default-tau-5": ("--tau", "5"),
+    "k-support-fade-k-20": ("--constraint", "k-support", "--k-fraction", "0.2"),
+    "k-support-fade-k-50": ("--constraint", "k-support", "--k-fraction", "0.5"),
     "sgd-wd-2e-3": ("--constraint", "none", "--set", "train.weight_decay=0.002"),
 }
 

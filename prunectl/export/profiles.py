@@ -81,8 +81,9 @@ class Profile:
     def check_sparsity(self, pattern: str) -> None:
         """Raises UsageError if zeros in `pattern` (such as `2:4`) save the target no work."""
         if pattern not in self.sparsity:
-            gains = " and ".join(name for name in profiles.names() if pattern in load(name).sparsity) or "none"
-            raise UsageError(f"sparsity {pattern} with profile {self.name}: it multiplies by every zero; profiles that gain: {gains}")
+            gains = [name for name in profiles.names() if pattern in load(name).sparsity]
+            remedy = f"add --profile {' or '.join(gains)}, which skip them" if gains else "no target skips them; 2:4 is what hardware knows"
+            raise UsageError(f"sparsity {pattern} with profile {self.name}: it multiplies by every zero; {remedy}")
 
 
 def load(name: str) -> Profile:

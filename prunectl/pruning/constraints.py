@@ -62,6 +62,14 @@ def _require(holds: bool, kind: str, what: str, expected: str) -> None:
         raise UsageError(f"constraint {kind}: {what}, expected {expected}.")
 
 
+def _plain(record: Any) -> None:
+    """Fields given as NumPy scalars or 0-d tensors become the plain numbers that checkpoints keep. Raises UsageError."""
+    for name, value in vars(record).items():
+        number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+        _require(isinstance(number, int | float), record.kind, f"{name} = {value!r}", "a number")
+        object.__setattr__(record, name, number)
+
+
 def _require_radius(kind: str, radius: float) -> None:
     _require(math.isfinite(radius) and radius > 0, kind, f"radius = {radius}", "a finite number above 0")
 
@@ -82,6 +90,7 @@ class KSparse:
     radius: float
 
     def __post_init__(self) -> None:
+        _plain(self)
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
@@ -111,6 +120,7 @@ class KSupport:
     radius: float
 
     def __post_init__(self) -> None:
+        _plain(self)
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
@@ -139,6 +149,7 @@ class GroupKSupport:
     radius: float
 
     def __post_init__(self) -> None:
+        _plain(self)
         _require_count(self.kind, "k", self.k)
         _require_radius(self.kind, self.radius)
 
@@ -169,6 +180,7 @@ class NM:
     radius: float
 
     def __post_init__(self) -> None:
+        _plain(self)
         _require_count(self.kind, "n", self.n)
         _require_count(self.kind, "m", self.m)
         _require(self.m <= MOST_CHANNELS, self.kind, f"m = {self.m}", f"at most {MOST_CHANNELS}")
@@ -199,6 +211,7 @@ class LpBall:
     radius: float
 
     def __post_init__(self) -> None:
+        _plain(self)
         _require(self.p >= 1, self.kind, f"p = {self.p}", "a number from 1 to inf")
         _require_radius(self.kind, self.radius)
 

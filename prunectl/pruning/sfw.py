@@ -8,9 +8,9 @@ Algorithm 1 of Miao et al., ICLR 2022 (after Pokutta, Spiegel, Zimmer, arXiv 201
             min(lr / D, 1) or min(lr, 1)          rescale "diameter", "none"
     w = (1 - gamma) w + gamma v
 
-A convex combination never leaves the set, so a feasible start stays feasible. `frank_wolfe_step` is the pure function, `SFW`
-the optimizer over it. Invariant: a step whose gradients hold a NaN or an infinity changes nothing but a counter. On devices
-other than the CPU nothing is ever read back, so a step never stalls the queue."""
+A convex combination never leaves the set, so a feasible start stays feasible, up to the rounding of the tensor's format.
+`frank_wolfe_step` is the pure function, `SFW` the optimizer over it. Invariant: a step whose gradients hold a NaN or an
+infinity changes nothing but a counter. On devices other than the CPU nothing is ever read back, so a step never stalls the queue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 
 from prunectl.errors import UsageError
 from prunectl.pruning import sfw_kernel, sfw_stream
-from prunectl.pruning.constraints import ConstraintSet, Unconstrained, from_dict
+from prunectl.pruning.constraints import NM, ConstraintSet, GroupKSupport, Unconstrained, from_dict
+from prunectl.pruning.nm import nm_qualifies
 from prunectl.pruning.topk import Bracket, is_dense, memory_order
 
 Rescale = Literal["gradient", "diameter", "none"]
@@ -136,8 +137,8 @@ class SFW(Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        device: torch.device = self.param_groups[0]["params"][0].device
-        return device
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        return torch.device("cpu") if first is None else first.device
 
     @property
     def _reads_back(self) -> bool:
@@ -150,15 +151,29 @@ class SFW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        try:
+            self._check_new(self.param_groups[-1])
+        except UsageError:
+            self.param_groups.pop()
+            raise
+
+    def _check_new(self, group: dict[str, Any]) -> None:
         _check_group(group)
         if group["kernel"] == "compiled":
             sfw_kernel.library()  # a machine without a compiler says so now
+        constraint = group["constraint"]
         for p in group["params"]:
             if p.device != self._device:
                 raise UsageError(f"SFW: parameters on {self._device} and {p.device}; move them to one device first.")
             if not is_dense(p):
                 raise UsageError(f"SFW: a parameter of shape {tuple(p.shape)} is a slice or an expanded view; pass a tensor of its own.")
+            if not p.is_floating_point():
+                raise UsageError(f"SFW: a parameter of {p.dtype}; only real floating-point tensors lie in these sets.")
+            if isinstance(constraint, NM) and not nm_qualifies(p.shape, constraint.m):
+                shape = f"shape {tuple(p.shape)} has no input channels in groups of {constraint.m}"
+                raise UsageError(f"SFW: a parameter of {shape}; give it a set of its own, e.g. LpBall(2, radius).")
+            if isinstance(constraint, GroupKSupport) and not p.dim():
+                raise UsageError("SFW: a parameter without dimensions has no filters; give it a set of its own, e.g. LpBall(2, radius).")
 
     @torch.no_grad()
     def feasible_(self) -> None:
@@ -181,6 +196,8 @@ class SFW(Optimizer):
         for group in self.param_groups:
             _check_group(group)
         moving = [(p, group) for p, group in self._parameters() if p.grad is not None]
+        if any(p.grad.is_sparse for p, _ in moving if p.grad is not None):
+            raise UsageError("SFW: a sparse gradient; its steps touch every entry, so build the embedding with sparse=False.")
         if not moving:
             return loss
         finite = _all_finite([p.grad for p, _ in moving if p.grad is not None])
@@ -212,13 +229,15 @@ class SFW(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if any("constraint" not in group for group in state_dict["param_groups"]):
+            raise UsageError("SFW: this state is another optimizer's, its groups have no constraint; load what SFW.state_dict() gave.")
         groups = [{**group, "constraint": from_dict(group["constraint"])} for group in state_dict["param_groups"]]
         super().load_state_dict({"state": copy.deepcopy(state_dict["state"]), "param_groups": groups})  # no buffer shared with the source
         for name, count in self._counts.items():
             self._counts[name] = count.to(self._device)
 
     def _parameters(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        return ((p, group) for group in self.param_groups for p in group["params"])
+        return ((p, group) for group in self.param_groups for p in group["params"] if p.numel())
 
     def _momentum(self, p: Tensor) -> Tensor:
         """The averaged gradient, laid out in memory like p; `started` says whether it has taken a gradient in yet."""
@@ -325,8 +344,6 @@ def _precise(x: Tensor) -> torch.dtype:
 
 def _gradient(p: Tensor, group: dict[str, Any]) -> Tensor:
     assert p.grad is not None
-    if p.grad.is_sparse:
-        raise UsageError("SFW: a sparse gradient; its steps touch every entry, so build the embedding with sparse=False.")
     return p.grad.add(p, alpha=group["weight_decay"]) if group["weight_decay"] else p.grad.resolve_neg()
 
 
@@ -343,8 +360,13 @@ def _check_group(group: dict[str, Any]) -> None:
     constraint, lr, momentum, rescale = group["constraint"], group["lr"], group["momentum"], group["rescale"]
     if constraint is None:
         raise UsageError("SFW: a param group has no constraint; give it one, e.g. {'params': ps, 'constraint': KSparse(k, radius)}.")
-    if not (math.isfinite(lr) and lr >= 0):
-        raise UsageError(f"SFW: lr = {lr}: must be a finite number of at least 0.")
+    if not hasattr(constraint, "lmo"):
+        raise UsageError(f"SFW: constraint = {constraint!r}: expected a set, e.g. KSparse(k, radius).")
+    for name in ("lr", "momentum", "weight_decay"):
+        if isinstance(group[name], str) or not math.isfinite(group[name]):
+            raise UsageError(f"SFW: {name} = {group[name]!r}: must be a finite number.")
+    if lr < 0:
+        raise UsageError(f"SFW: lr = {lr}: must be at least 0.")
     if not 0 <= momentum < 1:
         raise UsageError(f"SFW: momentum = {momentum}: must be in [0, 1), e.g. 0.9.")
     if rescale not in _RESCALES:

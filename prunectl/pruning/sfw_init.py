@@ -19,6 +19,7 @@ from prunectl.pruning.modes import restoring_modes
 from prunectl.pruning.sfw import Rescale, frank_wolfe_step
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+LEAST_BATCH = 3  # images: a batch is cut in three
 _TOLERANCE = 1e-6  # on the gauge, in float32 arithmetic
 
 
@@ -111,7 +112,7 @@ def _overlapping(batch: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], t
     x, y = batch
     third = len(x) // 3
     if third == 0:
-        raise UsageError(f"SFW-Init: a batch of {len(x)} cannot be cut in three; use batches of at least 3 images.")
+        raise UsageError(f"SFW-Init: a batch of {len(x)} cannot be cut in three; use batches of at least {LEAST_BATCH} images.")
     second = torch.cat([x[:third], x[2 * third : 3 * third]]), torch.cat([y[:third], y[2 * third : 3 * third]])
     return (x[: 2 * third], y[: 2 * third]), second
 

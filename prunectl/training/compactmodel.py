@@ -42,7 +42,7 @@ class CompactModel:
         if not weights.is_file():
             raise CorruptFile(f"{self.path} has a {PLAN} but no {WEIGHTS}; write the model again")
         if sha256(weights) != self.plan["weights_sha256"]:
-            raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}")
+            raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}; write the model again")
         try:
             model = rebuild(self.plan["model"], self.plan["steps"])
         except (TypeError, ValueError, KeyError) as e:

@@ -59,7 +59,7 @@ def _files(out: Path, dense: dict[str, Any], ticket: dict[str, Any]) -> dict[str
     return {"dense": large.stat().st_size, "ticket": small.stat().st_size if small.is_file() else None}
 
 
-def show(result: dict[str, Any], ui: Console) -> None:
+def show(result: dict[str, Any], ui: Console, out: Path) -> None:
     dense, ticket, files = result["train"], result["find_ticket"], result["files"]
     found, a, flops = ticket["outcome"] == "found", ticket["accuracy"], ticket["training_flops"]
 
@@ -87,4 +87,4 @@ def show(result: dict[str, Any], ui: Console) -> None:
             ["ONNX Runtime here, ms an image", *(f"{r['latency_ms']['p50']:.3f}" for r in reports), f"{ratio['median']:.2f}"],
         ],
     )
-    ui.say(f"runs: {dense['run']}, {ticket['run']}")
+    ui.say(f"runs: {out / dense['run']}, {out / ticket['run']}")

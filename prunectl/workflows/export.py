@@ -81,6 +81,8 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     if pattern:
         sparsity.require_pattern(zeros)
     pruning = {"steps": len(plan["steps"]), "params": plan["params"]}
+    if zeros_asked:
+        pruning |= {"sparsity": request.sparsity, "nonzero": zeros.nonzero, "weights": zeros.total}
     provenance = Provenance(plan["parent"], pruning, plan["weights_sha256"])
     with drafted(target) as draft:
         record = onnx.save(model, draft, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)

@@ -189,8 +189,9 @@ def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
 
 def from_disk(run: RunDir, ui: Console) -> dict[str, Any]:
     """The result of a finished run."""
+    result = run.read_result()
     ui.say(f"{run.path} is finished: this is its result; --overwrite would run it again")
-    return run.read_result()
+    return result
 
 
 def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optimizer: MakeOptimizer = momentum_sgd) -> Session:
@@ -459,6 +460,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
     """A batch system's SIGTERM ends a run as Ctrl-C does; only a main thread may set handlers."""
 
     def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only disturb the ending
         raise KeyboardInterrupt
 
     try:

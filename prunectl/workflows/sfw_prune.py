@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from prunectl import dist
 from prunectl.console import Console, percent, si
-from prunectl.errors import UsageError
+from prunectl.errors import Unsatisfiable, UsageError
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost, oneshot
-from prunectl.pruning.constraints import ConstraintPlan, sets_for
+from prunectl.pruning.constraints import DEFAULT_K_FRACTION, ConstraintPlan, sets_for
 from prunectl.pruning.fade import Target, fade_, targets
 from prunectl.pruning.magnitudes import EXPONENTS, counts_above
 from prunectl.pruning.sfw import SFW
-from prunectl.pruning.sfw_init import sfw_init_
+from prunectl.pruning.sfw_init import LEAST_BATCH, sfw_init_
 from prunectl.pruning.sfw_schedule import adaptive_scale
 from prunectl.recipe import Recipe, Sfw, Train
 from prunectl.rundir import RunDir
@@ -131,6 +132,18 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
         oneshot.nm_masks(oneshot.prunable(session.state.model), *s.n_of_m)
     if s.constraint == "group-k-support" and s.channels:
         require_removable(session)
+    size = session.batches[1] if recipe.train.epochs else recipe.train.batch_size
+    if s.sfw_init and s.constraint != "none" and size < LEAST_BATCH:
+        raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")
+    ranked = sum(w.numel() for w in oneshot.prunable(session.state.model, s.scope).values())
+    if s.sparsity and round(ranked * s.sparsity[-1]) >= ranked:
+        raise Unsatisfiable(f"--sparsity {s.sparsity[-1]} would leave none of the {ranked:,} weights: ask for a smaller share")
+    for flag, given, reader in (
+        ("--sfw-init", s.sfw_init and s.constraint == "none", "any set, and there is none"),
+        ("--k-fraction", s.k_fraction is not None and s.constraint not in DEFAULT_K_FRACTION, f"{', '.join(DEFAULT_K_FRACTION)}"),
+    ):
+        if given:
+            ui.warn(f"{flag} does nothing with constraint {s.constraint}: it is for {reader}")
     if sets.plan.on_l2_ball:
         why = f"no {s.n_of_m[1]} input channels make a group" if s.constraint == "nm" else "they have no filters"
         ui.say(f"constraint {s.constraint}; on an L2 ball, because {why}: {', '.join(sets.plan.on_l2_ball)}")
@@ -251,7 +264,8 @@ def show(result: dict[str, Any], ui: Console) -> None:
                 for t in tickets
             ],
         )
-    ui.say(f"run: {result['run']} (sweep.csv, sweep.png, weights.csv); prunectl export RUN --sparsity 0.9 writes any ratio")
+        ui.say(f"saved in {', '.join(str(Path(result['run']) / t['saved']) for t in tickets)}")
+    ui.say(f"run: {result['run']} (sweep.csv, sweep.png, weights.csv); any ratio: prunectl export {result['run']} --sparsity 0.9")
 
 
 def _accuracies(row: Mapping[str, Any]) -> list[str | None]:

@@ -49,13 +49,15 @@ def calibration_images(images: Dataset, batches: int) -> Iterator[Tensor]:
 
 def sweep(session: Session, model: nn.Module, settings: Sfw) -> list[dict[str, Any]]:
     """One row a ratio. nonzero and total count the ranked tensors."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     label = f"one-shot sweep on {session.recipe.data.final} images"
     for share in session.ui.track(settings.sparsity, total=len(settings.sparsity), label=label):
         twin = pruned(model, share, settings)
         ranked = oneshot.prunable(twin, settings.scope).values()
         total = sum(w.numel() for w in ranked)
         counts = {"sparsity": share, "nonzero": total - oneshot.count_zeros(ranked), "total": total}
+        if not rows and counts["nonzero"] < total - round(share * total):
+            session.ui.warn(f"training itself left more weights at zero than a share of {share:g}: only {counts['nonzero']:,} are not")
         rows.append({**counts, **_measured(session, twin, settings)})
     return rows
 

@@ -291,11 +291,14 @@ def test_huge_finite_gradients_are_not_taken_for_infinite():
 
 
 def test_sparse_gradients_are_refused():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    optimizer = SFW(embedding.parameters(), constraint=c.KSparse(2, 1.0))
+    """Before any tensor has moved."""
+    embedding, other = nn.Embedding(5, 3, sparse=True), nn.Parameter(torch.ones(4))
+    optimizer = SFW([other, *embedding.parameters()], constraint=c.KSparse(2, 1.0))
     embedding(torch.tensor([1])).sum().backward()
+    other.grad = torch.ones(4)
     with pytest.raises(UsageError, match="sparse"):
         optimizer.step()
+    assert torch.equal(other, torch.ones(4))
 
 
 # --- a torch optimizer -------------------------------------------------------------------------------------------------
@@ -452,12 +455,40 @@ def test_nothing_is_read_back_without_sync():
         ({"rescale": "grad"}, "gradient, diameter, none"),
         ({"kernel": "cuda"}, "none, compiled"),
         ({"weight_decay": 1e-4}, "weight_decay"),
+        ({"weight_decay": math.nan, "constraint": c.Unconstrained()}, "weight_decay = nan"),
+        ({"lr": "1"}, "lr = '1'"),
         ({"constraint": None}, "no constraint"),
+        ({"constraint": "k-sparse"}, "expected a set"),
     ],
 )
 def test_bad_settings_are_usage_errors(settings, message):
     with pytest.raises(UsageError, match=message):
         SFW([nn.Parameter(torch.ones(4))], **{"constraint": c.KSparse(2, 1.0), **settings})
+
+
+def test_a_refused_group_is_not_kept_and_empty_ones_do_no_harm():
+    p, nothing = nn.Parameter(torch.ones(4)), nn.Parameter(torch.empty(0, 3))
+    optimizer = SFW([{"params": []}, {"params": [p, nothing]}], constraint=c.KSparse(2, 1.0))
+    for refused in (
+        {"params": [nn.Parameter(torch.ones(2))], "constraint": None},
+        {"params": [nn.Parameter(torch.ones(2, dtype=torch.cfloat))]},
+    ):
+        with pytest.raises(UsageError):
+            optimizer.add_param_group(refused)
+    assert len(optimizer.param_groups) == 2
+    p.grad, nothing.grad = torch.ones(4), torch.empty(0, 3)
+    optimizer.feasible_()
+    optimizer.step()
+    assert optimizer.statistics().active_fraction == 0.5
+    with pytest.raises(UsageError, match="another optimizer's"):
+        optimizer.load_state_dict(torch.optim.SGD([p], lr=0.1).state_dict())
+
+
+def test_sets_take_the_numbers_of_other_libraries_and_keep_plain_ones():
+    kept = c.KSparse(np.int64(3), torch.tensor(0.5)).to_dict()
+    assert kept == {"kind": "k-sparse", "k": 3, "radius": 0.5} and type(kept["k"]) is int and type(kept["radius"]) is float
+    with pytest.raises(UsageError, match="radius = 'a', expected a number"):
+        c.KSparse(1, "a")
 
 
 def test_a_scheduler_that_leaves_the_range_is_stopped_at_the_step():
@@ -520,7 +551,5 @@ def test_a_constant_direction_leads_all_the_way_to_its_vertex(name, kernel):
 @pytest.mark.parametrize("kernel", ["none", "compiled"])
 def test_a_tensor_without_groups_of_channels_is_refused(kernel):
     for shape in ((8, 6), (8,), (2, 1, 3, 3)):
-        p = nn.Parameter(torch.ones(shape))
-        p.grad = torch.ones(shape)
         with pytest.raises(UsageError, match="no input channels in groups of 4"):
-            SFW([p], constraint=c.NM(2, 4, 1.0), kernel=kernel).step()
+            SFW([nn.Parameter(torch.ones(shape))], constraint=c.NM(2, 4, 1.0), kernel=kernel)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_ctrl_c_and_sigterm_save_say_so_and_end_in_130(verb, sent, undisturbed, 
     assert run_folders(tmp_path / "runs") == sorted([run.name, "latest"])
     assert prunectl(*_command(verb, tmp_path / "runs", "--resume")).code == 0
     _must_equal(run, undisturbed[verb])
+
+
+def test_an_impatient_ctrl_c(undisturbed, tmp_path):
+    """Pressed again and again while the first one is being answered."""
+    run = tmp_path / "runs" / undisturbed["train"].name
+    command = [sys.executable, "-m", "prunectl", *map(str, _command("train", tmp_path / "runs"))]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as child:
+        while not (run / "checkpoints" / "epoch-00001.json").exists():
+            assert child.poll() is None
+            time.sleep(0.01)
+        while child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            time.sleep(0.02)
+        said = child.stderr.read()
+    assert child.returncode == 130 and len(said.splitlines()) == 1 and "is saved" in said, said
 
 
 def _kill_and_resume(verb: str, out: Path, reference: Path, kills: int, seed: int) -> None:

@@ -154,6 +154,9 @@ def test_export_prunes_to_a_ratio_of_the_sweep(nm):
     assert (sum(map(np.count_nonzero, kernels)), sum(k.size for k in kernels)) == (row["nonzero"], row["total"])
     assert artifact["accuracy"] == pytest.approx(row["accuracy_bn_recalibrated"], abs=2 * ONE_IMAGE)
     assert "50.0 %" in done.document["zeros"]
+    recorded = json.loads(Path(artifact["record"]).read_text())["provenance"]["pruning"]
+    assert (recorded["sparsity"], recorded["nonzero"], recorded["weights"]) == ("0.5", row["nonzero"], row["total"])
+    prunectl("export", run, "--sparsity", "2:4").refused(2, "cpu", "--profile gpu or orin or rtx")
 
 
 def test_export_prunes_to_the_pattern(nm):
@@ -235,7 +238,14 @@ def test_without_a_constraint_it_is_train_and_a_sweep(tmp_path):
 REFUSED = [
     (("--k-fraction", "0"), 2, ["k_fraction", "0.0", "(0, 1]"]),
     (("--k-fraction", "2"), 2, ["k_fraction", "2.0", "(0, 1]"]),
-    (("--tau", "-1"), 2, ["tau", "-1", "above 0"]),
+    (("--tau", "-1"), 2, ["tau", "-1", "greater than 0"]),
+    (("--tau", "1e308"), 2, ["tau", "1e+308", "less than"]),
+    (("--set", "train.lr=1e300"), 2, ["train.lr", "1e300", "less than"]),
+    (("--sfw-init", "--set", "train.batch_size=2"), 2, ["--sfw-init", "batch here has 2"]),
+    (("--sparsity", "0.9999999"), 3, ["0.9999999", "none of the"]),
+    (("--set", "sfw.p=foo"), 2, ["sfw.p", "'foo'", "or inf"]),
+    (("--set", "ticket.sparsity=0.5"), 2, ["ticket.sparsity", "find-ticket only"]),
+    (("--set", "train.distill=0.5"), 2, ["train.distill", "find-ticket only"]),
     (("--n", "5", "--m", "4"), 2, ["n = 5 of m = 4"]),
     (("--n", "4"), 2, ["n = 4 of m = 4"]),
     (("--sparsity", "1.0"), 2, ["sparsity", "1.0"]),
@@ -258,6 +268,14 @@ REFUSED = [
 def test_refused_in_one_sentence(options, code, words, tmp_path):
     prunectl(*TINY, *options, "--out", tmp_path).refused(code, *words)
     assert run_folders(tmp_path) == []
+
+
+def test_what_does_nothing_or_leaves_nothing_is_said(tmp_path):
+    """A radius so small that the first steps put every weight at 0."""
+    odd = ("--tau", "1e-300", "--constraint", "lp", "--k-fraction", "0.5", "--set", "sfw.sparsity=0.5", "--set", "sfw.p=.inf")
+    said = prunectl(*TINY, *odd, "--out", tmp_path, "--json").document["warnings"]
+    assert any("--k-fraction does nothing with constraint lp" in w for w in said)
+    assert any("more weights at zero" in w for w in said)
 
 
 def test_nm_on_a_network_of_odd_widths_is_unsatisfiable(tmp_path):
