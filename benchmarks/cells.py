@@ -17,7 +17,7 @@ from typing import Any
 
 EPOCHS = 20
 TRAIN_IMAGES = 18_000  # with the carved validation images about 20,000 of Fashion-MNIST's 60,000
-NETS = {"thin": ("resnet8", 1.0), "wide": ("resnet18", 0.25)}
+NETS = {"thin": ("resnet8", 1.0), "wide": ("resnet18", 0.25), "wider": ("resnet18", 0.5), "full": ("resnet18", 1.0)}
 BULKY = ("distances", "detectors", "versions", "warnings")  # kept in the run folder
 
 
@@ -25,7 +25,7 @@ BULKY = ("distances", "detectors", "versions", "warnings")  # kept in the run fo
 class Cell:
     """One run of the command line. `arm` names what is compared, `verb` and `options` say how.
 
-    judged: `val` while an arm is being chosen, so that no test image is read; then `test`. full: all training images, full width."""
+    judged: `val` while an arm is being chosen, so that no test image is read; then `test`."""
 
     arm: str
     net: str
@@ -34,7 +34,6 @@ class Cell:
     options: tuple[str, ...] = ()
     judged: str = "test"
     program: str = "prunectl"
-    full: bool = False
 
     @property
     def name(self) -> str:
@@ -42,7 +41,7 @@ class Cell:
 
     def command(self, out: str) -> list[str]:
         model, width = NETS[self.net]
-        sets = [] if self.full else [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
+        sets = [] if self.net == "full" else [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
         sets += ["data.final=val"] if self.judged == "val" else []
         return [
             *(self.program, self.verb, model, "fashion-mnist", "--epochs", str(EPOCHS), "--seed", str(self.seed)),
@@ -50,6 +49,9 @@ class Cell:
             *self.options,
             *("--out", out, "--json", "--resume", "--no-progress"),
         ]
+
+
+Prepare = Callable[[Cell, str], None]  # what a cell's run folder is given before it starts
 
 
 def run(cell: Cell, runs: str, results: Path) -> None:
@@ -117,7 +119,7 @@ def outdated(texts: Mapping[Path, Callable[[], str]], pictures: Mapping[Path, Pi
     return old
 
 
-def main(stages: Mapping[str, Callable[[], Sequence[Cell]]], results: Path, description: str) -> None:
+def main(stages: Mapping[str, Callable[[], Sequence[Cell]]], results: Path, description: str, prepare: Prepare | None = None) -> None:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("stage", choices=stages)
     parser.add_argument("--net", choices=NETS)
@@ -133,4 +135,6 @@ def main(stages: Mapping[str, Callable[[], Sequence[Cell]]], results: Path, desc
             print("done" if done else "open", cell.name)
         elif not done:
             print(f"== {cell.name}", file=sys.stderr, flush=True)
+            if prepare:
+                prepare(cell, args.runs)
             run(cell, args.runs, results)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import NETS, Cell
+from benchmarks.cells import Cell
 
+NETS = ("thin", "wide")
 RATIOS = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98")
 SWEEP = (*(part for r in RATIOS for part in ("--sparsity", r)), "--n", "2", "--m", "4")
 

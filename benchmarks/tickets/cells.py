@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.cells import NETS, Cell
+from benchmarks.cells import Cell
 
+NETS = ("thin", "wide")
 AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
 HALF = ("--sparsity", "0.5")
 RIVALS = "benchmarks.tickets.rivals"
@@ -67,4 +68,23 @@ def criteria() -> list[Cell]:
     return [*ranked, *theirs, *spline]
 
 
-STAGES = {"main-job": main_job, "draws": draws, "criteria": criteria}
+def goal() -> list[Cell]:
+    """A fifth of the training FLOPs: drawn after 5 % of the schedule to what MACs that leaves, on three widths; validation."""
+    fifth = ("--target-macs", "0.155", *AT_ONCE, "--set", "ticket.rewarm_epochs=1")
+    return [
+        cell
+        for net in ("wide", "wider")
+        for seed in (0, 1, 2)
+        for cell in (
+            Cell("dense", net, seed, "train", judged="val"),
+            Cell("fifth-of-flops", net, seed, "find-ticket", fifth, judged="val"),
+        )
+    ]
+
+
+def full() -> list[Cell]:
+    """The default once on all 60,000 images at full width, beside dense."""
+    return [Cell("dense", "full", 0, "train"), Cell("default50", "full", 0, "find-ticket", HALF)]
+
+
+STAGES = {"main-job": main_job, "draws": draws, "criteria": criteria, "goal": goal, "full": full}

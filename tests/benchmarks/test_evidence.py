@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from running import comparable
 
 from benchmarks import cells
 from benchmarks.sfw import render as sfw
+from benchmarks.tickets import prefix
 from benchmarks.tickets import render as tickets
 
 
@@ -24,3 +26,23 @@ def test_a_changed_cell_is_noticed(tmp_path: Path) -> None:
     assert cells.outdated({}, {picture: (sfw.plot, sfw.curves)}) == []
     assert cells.outdated({}, {picture: (sfw.plot, lambda: {**sfw.curves(), "another": {}})}) == ["sfw.png"]
     assert cells.outdated({tmp_path / "gone.md": sfw.text}, {}) == ["gone.md"]
+
+
+class Small(cells.Cell):
+    def command(self, out: str) -> list[str]:
+        sets = ("data.train_images=256", "data.val_fraction=0.05", "ticket.probes_per_epoch=2")
+        words = ("--epochs", "3", *(part for s in sets for part in ("--set", s)), *self.options, "--out", out, "--json", "--resume", "-q")
+        return ["prunectl", self.verb, "resnet8", "fashion-mini", *words]
+
+
+@pytest.mark.slow
+def test_an_arm_that_was_lent_its_search_ends_as_one_that_searched_itself(tmp_path: Path) -> None:
+    options = ("--criterion", "l2", "--detector", "epoch:1.5", "--sparsity", "0.4", "--set", "ticket.rewarm_epochs=1")
+    cell = Small("l2", "thin", 0, "find-ticket", options)
+    for runs, prepare in (("alone", None), ("lent", prefix.lend)):
+        if prepare:
+            prepare(cell, str(tmp_path / runs))
+            assert list((tmp_path / runs).glob("find-ticket-*/checkpoints/epoch-00001.json"))
+        cells.run(cell, str(tmp_path / runs), tmp_path / f"{runs}-results")
+    alone, lent = (next((tmp_path / runs).glob("find-ticket-*")) for runs in ("alone", "lent"))
+    assert comparable(alone) == comparable(lent)
