@@ -32,7 +32,6 @@ ABLATED = {
     "fade-300": ("--set", "sfw.fade=300"),
     "default-tau-5": ("--tau", "5"),
     "k-support-fade-k-20": ("--constraint", "k-support", "--k-fraction", "0.2"),
-    "k-support-fade-k-50": ("--constraint", "k-support", "--k-fraction", "0.5"),
     "sgd-wd-2e-3": ("--constraint", "none", "--set", "train.weight_decay=0.002"),
 }
 
