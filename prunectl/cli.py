@@ -163,6 +163,8 @@ def find_ticket(
 
     Example: prunectl find-ticket resnet50 imagenet --data-dir /data --target-macs 0.3
     """
+    if merge and repair not in (None, "merge"):
+        raise UsageError(f"--merge is --repair merge, and --repair {repair} is given: leave one of them out")
     ticket = {
         "sparsity": sparsity,
         "target_macs": target_macs,

@@ -6,7 +6,7 @@ each batch, and only rank 0 writes."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,6 +66,11 @@ def together() -> None:
 
 def from_rank_0(model: nn.Module) -> None:
     """Parameters and buffers of rank 0 on every rank: batch-norm statistics drift apart between synchronisations."""
+    tensors_of_rank_0([*model.parameters(), *model.buffers()])
+
+
+def tensors_of_rank_0(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values on every rank."""
     if world_size() > 1:
-        for t in [*model.parameters(), *model.buffers()]:
+        for t in tensors:
             td.broadcast(t.data, 0)

@@ -243,8 +243,11 @@ class Recipe(_Section):
         if rewind.isdigit() and int(rewind) >= self.train.epochs:
             raise ValueError(f"ticket.weights = rewind:{rewind}: the schedule has {self.train.epochs} epochs, rewind to an earlier one")
         last = self.ticket.last_fixed_draw if self.ticket and self.verb == "find-ticket" else None
-        if last is not None and last > self.train.epochs:
+        trained_on = self.ticket is None or not self.ticket.search_only
+        if last is not None and (last > self.train.epochs or (last == self.train.epochs and trained_on)):
             raise ValueError(f"the last draw is due after {last:g} epochs and the schedule has {self.train.epochs}: draw earlier")
+        if self.ticket and self.start and self.ticket.weights == "rewind:0":
+            raise ValueError("ticket.weights = rewind:0 with a start: there is no initial network to go back to, take inherit or reinit")
         return self
 
     @property

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,11 +129,12 @@ class Dataset:
     def eval_batches(self, split: str, *, batch_size: int, limit: int | None = None, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Each image of a split once over all ranks, in fixed order, without augmentation; the last batch may be short.
 
-        limit: only this many images, always the same ones, spread over the classes. Shards of ranks are disjoint and
+        limit: at most this many images, always the same ones, in an order that mixes the classes, as a statistic of single
+        batches wants them; without it they come as the data set lists them. Shards of ranks are disjoint and
         complete, so their lengths may differ by one: reduce sums, not means."""
         index = self._positions(split)
-        if limit is not None and limit < len(index):
-            index = index[np.sort(permutation((Stream.LIMIT,), len(index))[:limit])]
+        if limit is not None:
+            index = index[permutation((Stream.LIMIT,), len(index))[:limit]]
         return self.stream([Request(chunk, None) for chunk in _chunks(index[rank::world], batch_size)])
 
     def sample(self, n: int, *, seed: int, split: str = "train") -> Batch:

@@ -156,6 +156,8 @@ def parse(spec: str, **options: Any) -> tuple[str, dict[str, Any]]:
         if argument:
             raise UsageError(f"detector '{spec}': only epoch takes a number after the colon, e.g. epoch:5")
         return name, options
+    if options:
+        raise UsageError(f"detector '{spec}' draws at its epoch and looks at nothing: leave {' and '.join(sorted(options))} out")
     try:
         return name, {"at": float(argument)}
     except ValueError:

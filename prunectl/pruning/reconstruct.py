@@ -2,10 +2,11 @@
 
 Every reader of a group (a convolution or a linear layer) is given the mix of surviving inputs that is nearest, in the
 least-squares sense over images and positions, to the inputs it loses: x_R ~ M x_S with M = C_RS (C_SS + ridge)^-1, so
-W[:, S] += W[:, R] M. Means are left to the batch-norm re-calibration. One forward pass gives all covariances; no label,
-no gradient. Unlike `merge` it asks nothing of the path between producer and reader, so residual streams and
-concatenations are served too. The reconstruction of He et al. (ICCV 2017) solves for whole kernels layer by layer;
-here one mix serves all kernel positions, which is exact where the lost channel is such a mix, and costs one C x C solve."""
+W[:, S] += W[:, R] M. Where batch norm follows the reader, its re-calibration absorbs the mean that is lost; elsewhere the
+reader's bias takes it. One forward pass gives all covariances; no label, no gradient. Unlike `merge` it asks nothing of the
+path between producer and reader, so residual streams and concatenations are served too. The reconstruction of He et al.
+(ICCV 2017) solves for whole kernels layer by layer; here one mix serves all kernel positions, which is exact where the lost
+channel is such a mix, and costs one solve of as many unknowns as there are channels, or images where these are fewer."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from prunectl.pruning.modes import evaluating
 from prunectl.pruning.surgery import Graph
 
+_TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-3  # of the mean variance: keeps the solve well-posed where channels are dead or copies of each other
 
 
@@ -38,18 +40,21 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
             hook.remove()
     for name, gone in lost.items():
         if moments[name].count:
-            _stand_in(model.get_submodule(name), gone, moments[name].covariance())
+            _stand_in(model.get_submodule(name), gone, moments[name], mean=name not in graph.norm_after)
     return seen
 
 
 class _Moments:
     """Sums of a layer's inputs and of their products over images and positions, both less the first batch's mean.
 
-    Without that shift a variance far below the squared mean would drown in the rounding of the products."""
+    Without that shift a variance far below the squared mean would drown in the rounding of the products. While there are
+    fewer rows than channels, as behind a flatten, the rows themselves are kept: they are the smaller."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.shift = self.sum = self.products = torch.empty(0)
+        self.shift = self.sum = torch.empty(0)
+        self.rows: list[Tensor] = []
+        self.products: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         rows = (x.movedim(1, -1) if x.dim() == 4 else x).flatten(0, -2)  # a convolution's channels come second, a linear layer's last
@@ -57,30 +62,59 @@ class _Moments:
         if not self.count:
             self.shift = rows.mean(0)
             self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
-            self.products = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=x.device)
         rows = rows - self.shift
         self.count += len(rows)
-        self.products += rows.T @ rows
         self.sum += rows.sum(0)
+        self.rows.append(rows)
+        if self.products is not None or self.count > len(self.shift):
+            if self.products is None:
+                self.products = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=x.device)
+            with torch.autocast(x.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
+                for r in self.rows:
+                    self.products += r.T @ r
+            self.rows = []
 
-    def covariance(self) -> Tensor:
-        mean = self.sum / self.count
-        return self.products / self.count - mean[:, None] * mean[None, :]
+    @property
+    def mean(self) -> Tensor:
+        return self.shift + self.sum / self.count
+
+    def mixed(self, weight: Tensor, kept: Tensor, lost: Tensor) -> Tensor:
+        """(O, S, ...): weight (O, R, ...) of the lost inputs, given to the kept ones."""
+        centre = self.sum / self.count
+        if self.products is None:
+            x = torch.cat(self.rows).double() - centre
+            s, r = x[:, kept], x[:, lost]
+            ridge = RIDGE * s.square().mean().clamp(min=_TINY) * self.count
+            system = s @ s.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
+            answers = torch.linalg.solve(system, torch.einsum("or...,nr->no...", weight, r).flatten(1))
+            return torch.einsum("no...,ns->os...", answers.view(len(x), weight.shape[0], *weight.shape[2:]), s)
+        covariance = self.products / self.count - centre[:, None] * centre[None, :]
+        within = covariance[kept][:, kept]
+        ridge = RIDGE * within.diagonal().mean().clamp(min=_TINY)
+        system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
+        mix = torch.linalg.solve(system, covariance[kept][:, lost])  # (S, R): M transposed
+        return torch.einsum("or...,sr->os...", weight, mix)
 
 
 @torch.no_grad()
-def _stand_in(layer: nn.Module, gone: list[int], covariance: Tensor) -> None:
+def _stand_in(layer: nn.Module, gone: list[int], moments: _Moments, *, mean: bool) -> None:
+    """mean: the layer's bias, if it has one, takes what the lost inputs' means are no longer there to give."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
-    weight = layer.weight.data
-    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=covariance.device)
-    lost = torch.tensor(gone, device=covariance.device)
+    weight, device = layer.weight.data, moments.sum.device
+    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
+    lost = torch.tensor(gone, device=device)
     stays[lost] = False
     kept = stays.nonzero().flatten()
-    within = covariance[kept][:, kept]
-    ridge = RIDGE * within.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
-    system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
-    mix = torch.linalg.solve(system, covariance[kept][:, lost]).to(weight)  # (S, R): M transposed
-    weight[:, kept] += torch.einsum("or...,sr->os...", weight[:, lost], mix)
+    with torch.autocast(device.type, enabled=False):
+        old = weight[:, lost].double()
+        new = moments.mixed(old, kept, lost)
+        if not new.isfinite().all():
+            return  # activations out of range: better the weights as they are
+        weight[:, kept] += new.to(weight)
+        if mean and layer.bias is not None:
+            bias = old.flatten(2).sum(2) if old.dim() > 2 else old
+            given = new.flatten(2).sum(2) if new.dim() > 2 else new
+            layer.bias.data += (bias @ moments.mean[lost] - given @ moments.mean[kept]).to(layer.bias)
 
 
 def _lost_inputs(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:

@@ -31,6 +31,7 @@ _RELUS: frozenset[object] = frozenset(
     | {F.leaky_relu_, F.hardtanh_, Tensor.prelu, torch.prelu, F.rrelu, torch.rrelu}  # hardtanh is how ReLU6 may arrive
     | {F.silu, F.gelu, F.hardswish, F.mish, F.elu, F.elu_, F.celu, F.selu}  # smooth gates switch at zero too, approximately
 )
+NEGLIGIBLE = 1e-3  # of a layer's median norm: an L1 penalty leaves batch-norm scales near 0, never on it
 _CHUNK = 64  # images a forward pass: bounds the activations alive at once
 
 
@@ -156,7 +157,7 @@ def spline_scores(
 
     filters: (C, D) folded filters; bias: (C,); outgoing: (C,) norm of the weights that read each unit. The closest pair
     loses the unit with the smaller ||w|| * outgoing, again and again; one pass ranks the layer for every ratio. Units
-    with w = 0 are constant and come first, at -1; the last one standing is one above the last distance."""
+    with w = 0, or nearly, are constant and come first, at -1; the last one standing is one above the last distance."""
     removed_at, _ = removal_order(filters, bias, outgoing, rho=rho, distances=distances)
     return removed_at
 
@@ -180,7 +181,7 @@ def removal_order(
     np.fill_diagonal(d, np.inf)
     score = np.full(C, -1.0)
     keeper = np.full(C, -1)
-    constant = (norm == 0).cpu().numpy()
+    constant = (norm <= NEGLIGIBLE * norm.median()).cpu().numpy()
     d[constant, :] = d[:, constant] = np.inf
     nearest = d.argmin(axis=1)
     gap = d[np.arange(C), nearest]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +14,15 @@ from prunectl.training.precision import Placement
 
 
 def mean_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], place: Placement) -> dict[str, Tensor]:
-    """Parameter name -> gradient of the cross-entropy, averaged over `batches`, in eval mode; modes are restored."""
-    named = dict(model.named_parameters())
-    total = {name: torch.zeros_like(p) for name, p in named.items()}
+    """Parameter name -> gradient of the cross-entropy, averaged over `batches`, in eval mode; modes are restored.
+
+    0 for frozen parameters. Not in float16, whose small gradients would vanish without a scaled loss."""
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     n = 0
     with evaluating(model):
         for x, y in batches:
-            with place.autocast():
+            with nullcontext() if place.autocast_dtype == torch.float16 else place.autocast():
                 logits = model(place.images(x))
             loss = F.cross_entropy(logits.float(), y.to(place.device))
             for name, g in zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True):

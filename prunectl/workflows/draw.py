@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
-from prunectl import models
+from prunectl import dist, models
 from prunectl.console import si
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
@@ -25,7 +24,7 @@ from prunectl.recipe import Ticket
 from prunectl.training.gradients import mean_gradients
 from prunectl.training.optimizers import momentum_of, set_momentum
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Session, adopt, reset_average
+from prunectl.workflows.session import Session, adopt, reset_average, teach
 
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
@@ -35,6 +34,8 @@ REPAIR_IMAGES, REPAIR_BATCH = 512, 64
 def preflight(session: Session, settings: Ticket) -> TicketPlan:
     """The plan that the untrained network would get: refuses before training what could only be refused after it."""
     plan = _plan(session, settings, budget_of(settings))
+    if settings.draws > 1:
+        _plan(session, settings, _budget_of_step(settings, settings.draws, 1, None))
     session.ui.detail(
         f"{len(plan.widths)} groups of coupled channels can shrink; MACs will go from {si(plan.dense.macs)} to about {si(plan.cost.macs)}"
     )
@@ -45,10 +46,16 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     """The ticket of the network as it is now; the session goes on with the small network."""
     dense, before = session.state.model, search.ticket
     nth = len(before["draws"]) + 1 if before else 1
+    if before is None:
+        search.fit_into(session, epoch)
     at_draw = session.accuracy("val", dense).top1
     if before is None:
         session.write_model("dense", dense)
-    plan = _plan(session, settings, _budget_of_step(settings, nth, before))
+    dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
+    plan = _plan(session, settings, _budget_of_step(settings, search.draws, nth, before))
+    if settings.criterion == "taylor":
+        images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
+        session.spent_flops += cost.training_flops(session.macs, images)
     source = _repaired(session, settings, plan)
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
@@ -56,14 +63,14 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     weights = _chosen_weights(session, settings, search, plan, small)
     session.steps = [*session.steps, {"dropped": plan.dropped, "epoch": epoch, "criterion": settings.criterion}]
     if session.recipe.train.distill and before is None:
-        session.state.teacher = dense.eval()
+        teach(session, dense)
     adopt(session, weights)
     if settings.weights == "inherit":
         set_momentum(session.state.model, session.state.optimizer, momentum)
     raw = session.accuracy("val", session.state.model).top1
     recalibrated = _recalibrate(session, settings)
     reset_average(session)
-    step = f", step {nth} of {settings.draws}" if settings.draws > 1 else ""
+    step = f", step {nth} of {search.draws}" if search.draws > 1 else ""
     session.ui.say(
         f"ticket drawn after {epoch:g} epochs by {search.deciding}{step}: {100 * plan.channels_removed:.0f} % of the channels go, "
         f"MACs {si(plan.dense.macs)} -> {si(counted.macs)}; "
@@ -126,8 +133,9 @@ def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module
 def _plan(session: Session, settings: Ticket, budget: Budget) -> TicketPlan:
     gradients = None
     if settings.criterion == "taylor":
-        batches = session.data.eval_batches("train", batch_size=session.recipe.train.batch_size)
-        gradients = mean_gradients(session.state.model, islice(batches, GRADIENT_BATCHES), session.place)
+        size = session.recipe.train.batch_size
+        batches = session.data.eval_batches("train", batch_size=size, limit=GRADIENT_BATCHES * size)
+        gradients = mean_gradients(session.state.model, batches, session.place)
     return plan_ticket(
         session.state.model,
         session.example(),
@@ -150,10 +158,10 @@ def budget_of(settings: Ticket) -> Budget:
     return Budget("channels", settings.sparsity or 0.5)
 
 
-def _budget_of_step(settings: Ticket, nth: int, before: dict[str, Any] | None) -> Budget:
+def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, Any] | None) -> Budget:
     """What is to be left of the dense network after the nth draw: the same share of the rest goes each time."""
     asked = budget_of(settings)
-    keeps = asked.keeps ** (nth / settings.draws)
+    keeps = asked.keeps ** (nth / draws)
     value = 1 - keeps if asked.metric == "channels" else keeps
     if before is None:
         return Budget(asked.metric, value)

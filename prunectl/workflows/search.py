@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class Search:
     trail: Trail = field(default_factory=Trail)
     draws: int = 1
     draw_every: float = 1.0
+    search_only: bool = False
     readings: dict[str, list[Reading]] = field(default_factory=dict)
     fires_at: dict[str, float] = field(default_factory=dict)
     rewind: dict[str, Tensor] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Search:
         built[name] = {**built.get(name, {}), **options}
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
+        search.search_only = ticket.search_only
         try:
             watchers["spline"].observe(0.0, session.state.model, search.probe[:1])
         except UsageError:
@@ -77,12 +80,23 @@ class Search:
 
     def says_draw(self, session: Session, step: Step) -> bool:
         """Whether a draw is due: the deciding detector fires, or the next of several draws has its epoch."""
-        if not self._probes(step):
-            return False
+        deciding, last = self.watchers[self.deciding], step.done > session.recipe.train.epochs - 1e-9
         if self.ticket is None:
-            return self.look(session, step)
+            due = isinstance(deciding, Epoch) and step.done > deciding.at - 1e-9  # whether or not that is a probe's moment
+            fires = (due or self._probes(step)) and self.look(session, step)
+            return fires and (self.search_only or not last)  # nothing would train what is drawn at the very end
         drawn = self.ticket["draws"]
-        return len(drawn) < self.draws and step.done >= drawn[-1]["epoch"] + self.draw_every - 1e-9
+        return self._probes(step) and len(drawn) < self.draws and step.done > drawn[-1]["epoch"] + self.draw_every - 1e-9
+
+    def fit_into(self, session: Session, first: float) -> None:
+        """Fewer draws than asked for, where the schedule does not hold them all from `first` on: the budget is met by those."""
+        room, at = 0, first
+        while room < self.draws and at < session.recipe.train.epochs - 1e-9:
+            room += 1
+            at = math.ceil((at + self.draw_every) * self.per_epoch - 1e-9) / self.per_epoch  # the first probe when it is due
+        if 0 < room < self.draws:
+            session.ui.warn(f"the schedule holds {room} of {self.draws} draws from epoch {first:g} on: the budget is met in {room}")
+            self.draws = room
 
     def look(self, session: Session, step: Step) -> bool:
         """One probe of the network by every detector; True when the deciding one fires.
@@ -107,7 +121,7 @@ class Search:
                     self.fires_at.setdefault(name, reading.epoch)
                     fires = fires or name == self.deciding
         session.spent_flops += cost.forward_flops(session.macs, images)
-        return fires
+        return dist.told(fires)
 
     def record(self) -> dict[str, Any]:
         return {
@@ -123,7 +137,7 @@ class Search:
         tensors.update({f"rewind:{k}": v for k, v in self.rewind.items()} if self.ticket is None else {})
         tensors.update({f"trail:{k}": v for k, v in self.trail.state().items()})
         readings = {name: [[r.epoch, list(r.distances), r.fires] for r in rows] for name, rows in self.readings.items()}
-        return tensors, {"readings": readings, "fires_at": self.fires_at, "ticket": self.ticket}
+        return tensors, {"readings": readings, "fires_at": self.fires_at, "ticket": self.ticket, "draws": self.draws}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         for name, watcher in self.watchers.items():
@@ -131,7 +145,7 @@ class Search:
         self.trail.restore(_named(tensors, "trail"))
         self.rewind = _named(tensors, "rewind")
         self.readings = {name: [Reading(e, tuple(d), f) for e, d, f in rows] for name, rows in meta["readings"].items()}
-        self.fires_at, self.ticket = dict(meta["fires_at"]), meta["ticket"]
+        self.fires_at, self.ticket, self.draws = dict(meta["fires_at"]), meta["ticket"], meta.get("draws", self.draws)
 
 
 def _named(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

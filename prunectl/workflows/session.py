@@ -75,6 +75,7 @@ class Session:
     steps: list[dict[str, Any]] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
     macs: int = 0
+    teacher_macs: int = 0
     spent_flops: int = 0
     wall_before_s: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -261,6 +262,12 @@ def adopt(session: Session, model: nn.Module) -> None:
         session.state.scaler = torch.amp.GradScaler(session.place.device.type)
 
 
+def teach(session: Session, dense: nn.Module) -> None:
+    """The small network learns from `dense` too, and pays for its answers."""
+    session.state.teacher = session.place.put(dense).eval()
+    session.teacher_macs = cost.count(dense, session.input_shape).macs
+
+
 def reset_average(session: Session) -> None:
     """The average of the weights, where one is kept, begins at the weights as they are now."""
     weights = session.state.model.state_dict()
@@ -293,7 +300,7 @@ def fit(session: Session, keeper: Keeper | None = None, rate: Callable[[float], 
     label = f"{s.recipe.model.name} on {s.data.info.name}"
     dist.from_rank_0(s.state.model)
     for step in s.ui.track(running, total=per_epoch * t.epochs, done=per_epoch * s.state.epoch, label=label):
-        s.spent_flops += cost.training_flops(s.macs, step.images)
+        s.spent_flops += cost.training_flops(s.macs, step.images) + cost.forward_flops(s.teacher_macs, step.images)
         yield step
         if step.summary:
             _end_of_epoch(s, step.summary, keeper)
@@ -344,6 +351,7 @@ def training_images_per_s(rows: list[dict[str, Any]]) -> float | None:
 
 def _end_of_epoch(s: Session, summary: EpochSummary, keeper: Keeper | None) -> None:
     dist.from_rank_0(s.state.model)
+    dist.tensors_of_rank_0((s.state.average or {}).values())
     val = s.accuracy("val")
     if not math.isfinite(val.loss):  # the last step may have spoilt weights whose loss was still finite
         raise Diverged(f"the validation loss is no longer finite after {summary.epoch} epochs; lower train.lr or check the data")
@@ -404,7 +412,7 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
         s.steps = found.meta["steps"]
         adopt(s, compactmodel.rebuild(s.arguments, s.steps))
         if s.recipe.train.distill and s.recipe.verb == "find-ticket":
-            s.state.teacher = s.place.put(compactmodel.read(s.run.path / "dense").module())
+            teach(s, compactmodel.read(s.run.path / "dense").module())
     try:
         s.state.model.load_state_dict(found.section("model"))
     except RuntimeError:

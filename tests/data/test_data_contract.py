@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from true_formats import write_cifar, write_imagenet, write_mnist, write_svhn, write_tiny_imagenet
 
 from prunectl.data import DatasetInfo, datasets, describe, load
@@ -164,6 +165,19 @@ def test_a_limit_is_spread_over_classes_of_a_sorted_set():
     ds = load("fashion-mini")
     _, y = next(ds.eval_batches("test", batch_size=200, limit=200))
     assert y.bincount(minlength=10).min() >= 8  # 20 expected; a sorted prefix of a folder would have one class
+
+
+def test_limited_batches_mix_the_classes_of_a_folder(tmp_path):
+    """A folder is listed class by class; statistics of single batches must not be those of one class."""
+    for split, n in (("train", 12), ("val", 2)):
+        for name in ("a", "b", "c", "d"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / split / name / f"{i}.png")
+    ds = load(str(tmp_path), image_size=8, workers=0)
+    for limit in (20, 10**6):
+        for _, y in ds.eval_batches("train", batch_size=10, limit=limit):
+            assert len(y) < 10 or len(y.unique()) > 2
 
 
 @pytest.mark.parametrize(

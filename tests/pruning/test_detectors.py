@@ -332,7 +332,9 @@ def test_a_detector_spec_that_means_nothing_is_refused(spec: str) -> None:
 
 
 def test_detector_specs() -> None:
-    assert parse("epoch:2.5", eps=0.1) == ("epoch", {"at": 2.5})
+    assert parse("epoch:2.5") == ("epoch", {"at": 2.5})
+    with pytest.raises(UsageError, match="leave eps out"):
+        parse("epoch:2.5", eps=0.1)
     assert parse("Early_Bird", eps=0.1) == ("early-bird", {"eps": 0.1})
     with pytest.raises(UnknownName, match="did you mean spline"):
         parse("splin")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunectl import models
 from prunectl.pruning.merge import merge_
-from prunectl.pruning.reconstruct import RIDGE, reconstruct_
+from prunectl.pruning.reconstruct import RIDGE, _Moments, reconstruct_
 from prunectl.pruning.surgery import analyse, compact
 
 EXAMPLE = torch.zeros(1, 1, 28, 28, dtype=torch.float64)
@@ -84,11 +84,61 @@ def test_readers_come_nearer_to_what_they_computed(name: str) -> None:
     assert repaired.norm() <= plain.norm() * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("rows", [200, 40], ids=["more rows than channels", "fewer"])
+def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int) -> None:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 60, generator=draw, dtype=torch.float64) @ torch.randn(60, 60, generator=draw, dtype=torch.float64) + 5
+    weight = torch.randn(7, 60, generator=draw, dtype=torch.float64)
+    moments, lost, kept = _Moments(), torch.arange(20), torch.arange(20, 60)
+    for part in x.split(16):
+        moments.add(part)
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / rows
+    within = covariance[kept][:, kept]
+    system = within + RIDGE * within.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    expected = weight[:, lost] @ covariance[lost][:, kept] @ torch.linalg.inv(system)
+    assert torch.allclose(moments.mixed(weight[:, lost], kept, lost), expected, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(moments.mean, x.mean(0))
+
+
+def test_half_precision_forward_passes_leave_the_mix_exact() -> None:
+    """1024 inputs from 60: products rounded to bfloat16 are no covariance any more, and the solve explodes (10 times the output)."""
+    draw = torch.Generator().manual_seed(2)
+    model = nn.Sequential(nn.Linear(60, 1024), nn.ReLU(), nn.Linear(1024, 10)).eval()
+    for p in model.parameters():
+        p.data = torch.randn(p.shape, generator=draw) / 8
+    x, unseen = torch.randn(512, 60, generator=draw), torch.randn(500, 60, generator=draw)
+    graph = analyse(model, x[:1])
+    (group,) = (g for g in graph.groups if not g.locked and g.channels == 1024)
+    dropped = {group.name: list(range(0, 1024, 2))}
+    errors = []
+    for half in (False, True):
+        rebuilt = copy.deepcopy(model)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            reconstruct_(rebuilt, graph, dropped, x.split(256))
+        with torch.no_grad():
+            errors.append(float((compact(rebuilt, dropped, x[:1]).module(unseen) - model(unseen)).std()))
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+def test_where_no_norm_follows_the_bias_takes_the_lost_means() -> None:
+    """A unit that is always at 3 and one that never fires are gone without a trace."""
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5)).double().eval()
+    for unit, level in ((2, 3.0), (7, -1.0)):
+        model[0].weight.data[unit], model[0].bias.data[unit] = 0, level
+    x = torch.randn(50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    graph = analyse(model, x[:1])
+    (group,) = (g for g in graph.groups if not g.locked)
+    expected, dropped = model(x), {group.name: [2, 7]}
+    reconstruct_(model, graph, dropped, [x])
+    assert torch.allclose(compact(model, dropped, x[:1]).module(x), expected, atol=1e-9)
+
+
 def test_nothing_but_readers_weights_changes() -> None:
     model = network("resnet8")
     graph = analyse(model, EXAMPLE)
     rebuilt = copy.deepcopy(model).train()
     reconstruct_(rebuilt, graph, {"layer1.0.conv1": [0, 1]}, [images()])
     changed = [name for name, t in model.state_dict().items() if not torch.equal(t, rebuilt.state_dict()[name])]
-    assert changed == ["layer1.0.conv2.weight"]
+    assert changed == ["layer1.0.conv2.weight"], "no bias: batch norm follows"
     assert all(m.training for m in rebuilt.modules())

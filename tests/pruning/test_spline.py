@@ -504,3 +504,11 @@ def test_exact_copies_leave_deterministically() -> None:
     score, keeper = removal_order(filters, bias, outgoing)
     assert score.tolist() == [0, 0, 0, 0, 0, 1] and keeper.tolist()[-1] == -1
     assert torch.equal(score, removal_order(filters, bias, outgoing)[0])
+
+
+def test_units_that_are_nearly_off_go_first() -> None:
+    """An L1 penalty on batch-norm scales leaves them near 0, where the offset b / |w| is of any size."""
+    draw = torch.Generator().manual_seed(0)
+    filters, bias = torch.randn(32, 9, generator=draw), torch.randn(32, generator=draw) / 10
+    filters[[3, 17, 30]] *= 1e-4
+    assert sorted(spline_scores(filters, bias, torch.ones(32)).argsort()[:3].tolist()) == [3, 17, 30]

@@ -82,6 +82,13 @@ def test_training_flops_count_both_networks_the_probes_and_the_recalibration(fou
     assert 0 < looked_at <= 2 * (dense * (256 * 4 + 4000) + small * 200 * 20)
 
 
+def test_a_teacher_is_paid_for(found, tmp_path):
+    done = prunectl(*FIND, *AT_1, "--set", "train.distill=0.5", "--out", tmp_path)
+    assert done.code == 0, done
+    taught, alone = _result(only_run(tmp_path)), _result(found[0])
+    assert taught["training_flops"]["spent"] - alone["training_flops"]["spent"] == 2 * alone["macs"]["dense"] * 200
+
+
 def test_the_run_folder_holds_what_is_documented(found):
     run, _ = found
     names = {p.name for p in run.iterdir()}
@@ -368,6 +375,32 @@ def test_drawn_in_steps_the_ticket_meets_its_budget_and_replays_as_one(tmp_path)
     assert {k: v.shape for k, v in at_once.state_dict().items()} == {k: v.shape for k, v in package.load(run).state_dict().items()}
 
 
+def test_draws_that_the_schedule_does_not_hold_are_fewer_and_meet_the_budget(tmp_path):
+    """The detector fires where it likes: here after 1 of 2 epochs, and three draws need two more."""
+    loose = ("--eps", "0.99", "--window", "3", "--set", "ticket.draws=3", "--set", "ticket.draw_every=0.75", "--target-macs", "0.6")
+    done = prunectl(*FIND, "--epochs", "2", *loose, "--out", tmp_path, "--json")
+    assert done.code == 0, done
+    ticket = json.loads((only_run(tmp_path) / "ticket.json").read_text())
+    assert [d["epoch"] for d in ticket["draws"]] == [1.0, 1.75]
+    assert done.document["macs"]["ticket"] / done.document["macs"]["dense"] == pytest.approx(0.6, rel=0.02)
+    assert any("holds 2 of 3 draws" in w for w in done.document["warnings"])
+
+
+def test_a_draw_at_the_very_end_is_none(tmp_path):
+    """Nothing would train the small network; --search-only, which leaves that to another command, does draw."""
+    late = ("--epochs", "1", "--eps", "0.99", "--window", "3")
+    assert prunectl(*FIND, *late, "--out", tmp_path / "a", "--json").document["outcome"] == "not-found"
+    assert prunectl(*FIND, *late, "--search-only", "--out", tmp_path / "b", "--json").document["found_epoch"] == 1.0
+    prunectl(*FIND, "--epochs", "1", "--detector", "epoch:1", "--out", tmp_path).refused(2, "due after 1 epochs")
+
+
+def test_a_fixed_draw_between_two_probes_is_taken_when_it_is_due(tmp_path):
+    found = prunectl(
+        *FIND, "--epochs", "1", "--detector", "epoch:0.6", "--set", "train.batch_size=20", "--out", tmp_path, "--json"
+    ).document
+    assert found["found_epoch"] == 0.6
+
+
 @pytest.mark.parametrize("flags", [(), ("--search-only",)])
 def test_a_draw_at_epoch_0_is_of_the_network_as_it_was_made(tmp_path, flags):
     done = prunectl(*FIND, "--epochs", "2", "--detector", "epoch:0", *flags, "--out", tmp_path)
@@ -395,6 +428,8 @@ def test_the_rate_climbs_again_after_a_draw(tmp_path):
 def test_several_draws_keep_the_weights_that_they_have(tmp_path):
     refused = prunectl(*FIND, "--set", "ticket.draws=2", "--set", "ticket.weights=reinit", "--out", tmp_path)
     refused.refused(2, "draws = 2", "reinit")
+    prunectl(*FIND, "--merge", "--repair", "none", "--out", tmp_path).refused(2, "--merge", "--repair none")
+    prunectl(*FIND, "--detector", "epoch:1", "--eps", "0.1", "--out", tmp_path).refused(2, "epoch:1", "leave eps out")
 
 
 def test_the_search_is_kept_as_numbers_and_as_a_picture(found):
