@@ -154,7 +154,7 @@ class Sfw(_Section):
     rescale: Literal["gradient", "diameter", "none"] = "gradient"
     sfw_init: bool = False
     fade: float | None = Field(
-        None, ge=0, description="how much weights that pruning would remove shrink in training; null: 80, and 0 without a constraint"
+        None, ge=0, description="how much weights that a swept ratio would remove shrink in training; null: 80, and 0 without a constraint"
     )
     sparsity: tuple[float, ...] = (*(i / 10 for i in range(1, 10)), *(i / 100 for i in range(91, 100)))
     scope: Literal["weights", "all"] = Field("weights", description="what is ranked: weights, or every parameter as published")

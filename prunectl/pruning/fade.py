@@ -1,7 +1,7 @@
 """Weights that pruning would remove, shrunk a little every few steps, so that removing them for good costs little.
 
 Weight decay pulls at all weights; here only the entries below a pruning threshold shrink, and which threshold rotates through
-ratios up to the largest that the network will be pruned to, so that it becomes prunable to all of them. Kin of growing regularization (Wang
+the ratios that the network will be pruned to, so that it becomes prunable to all of them. Kin of growing regularization (Wang
 et al., ICLR 2021), which aims at one ratio. Every constraint set here is a ball of a norm that depends on magnitudes and falls
 with each of them, so that a feasible point stays one."""
 
@@ -16,17 +16,7 @@ from torch import Tensor
 from prunectl.pruning.oneshot import Masks, global_masks, layerwise_masks, nm_masks
 
 Target = Callable[[Mapping[str, Tensor]], Masks]
-RATIOS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 HARDEST = 0.16  # share taken at once, the most that was ever tried: more of it makes short schedules diverge
-
-
-def aims(swept: Sequence[float]) -> list[float]:
-    """The ratios to fade towards: RATIOS as far as the largest swept one, and that one where they end below it.
-
-    How finely a sweep looks at the highest ratios is no reason to fade towards those alone."""
-    top = max(swept, default=0.0)
-    passed = [ratio for ratio in RATIOS if ratio <= top]
-    return [*passed, top] if 0 < top < RATIOS[-1] and top not in passed else passed
 
 
 def targets(ratios: Sequence[float], *, layerwise: bool = False, pattern: tuple[int, int] | None = None) -> list[Target]:

@@ -21,7 +21,7 @@ from prunectl.errors import Unsatisfiable, UsageError
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost, oneshot
 from prunectl.pruning.constraints import DEFAULT_K_FRACTION, ConstraintPlan, sets_for
-from prunectl.pruning.fade import Target, aims, fade_, targets
+from prunectl.pruning.fade import Target, fade_, targets
 from prunectl.pruning.magnitudes import EXPONENTS, counts_above
 from prunectl.pruning.sfw import SFW
 from prunectl.pruning.sfw_init import LEAST_BATCH, sfw_init_
@@ -59,7 +59,7 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
         session, sets = prepared(recipe, run, options, ui)
         if enter(session, sets):
             start_inside(session, sets)
-        faded = targets(aims(sets.settings.sparsity), layerwise=sets.settings.pooling == "layerwise", pattern=sets.pattern)
+        faded = targets(sets.settings.sparsity, layerwise=sets.settings.pooling == "layerwise", pattern=sets.pattern)
         for step in fit(session, sets, rate_of(session, sets.settings)):
             fade(session, sets.settings, faded, step)
             if step.summary:
@@ -176,7 +176,7 @@ def _initialised(session: Session, sets: Sets) -> dict[str, float]:
 
 
 def fade(session: Session, settings: Sfw, removed: Sequence[Target], step: Step) -> None:
-    """Shrinks what the next ratio would remove, every few steps, the more the later and the higher the rate."""
+    """Shrinks what the next ratio of the sweep would remove, every few steps, the more the later and the higher the rate."""
     if not settings.fading or not removed or step.index % FADE_EVERY:
         return
     train = session.recipe.train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunectl.pruning.constraints import NM, GroupKSupport, KSparse, KSupport, LpBall
-from prunectl.pruning.fade import HARDEST, aims, fade_, targets
+from prunectl.pruning.fade import HARDEST, fade_, targets
 from prunectl.pruning.oneshot import global_masks
 
 SETS = [
@@ -32,21 +32,6 @@ def test_what_goes_shrinks_and_what_stays_does_not_move(share: float) -> None:
         assert torch.equal(after[name][keep], before[name][keep])
         assert torch.allclose(after[name][~keep], before[name][~keep] * (1 - min(share, HARDEST)), rtol=1e-6)
     assert sum(int((~keep).sum()) for keep in masks.values()) == round(0.8 * (8 * 4 * 9 + 120))
-
-
-@pytest.mark.parametrize(
-    ("swept", "expected"),
-    [
-        ([], []),
-        ([0.3], [0.3]),
-        ([0.5], [0.5]),
-        ([0.6, 0.2], [0.5, 0.6]),
-        ([0.5, 0.7, 0.8, 0.9, 0.95, 0.98], [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]),
-        ([*(i / 10 for i in range(1, 10)), *(i / 100 for i in range(91, 100))], [0.5, 0.7, 0.8, 0.9, 0.95, 0.98]),
-    ],
-)
-def test_a_finer_sweep_does_not_change_the_training(swept: list[float], expected: list[float]) -> None:
-    assert aims(swept) == expected
 
 
 def test_there_is_a_target_for_each_ratio_and_one_for_the_pattern() -> None:
