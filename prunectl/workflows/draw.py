@@ -56,7 +56,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     if settings.criterion == "taylor":
         images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
         session.spent_flops += cost.training_flops(session.macs, images)
-    source = _repaired(session, settings, plan)
+    source = _repaired(session, settings, plan) if settings.weights == "inherit" else dense  # else its weights are not kept
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
     momentum = carry(momentum_of(dense, session.state.optimizer), small.index)
@@ -85,7 +85,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "detector": search.deciding,
         "criterion": settings.criterion,
         "scope": settings.scope,
-        "repair": settings.repair,
+        "repair": settings.repair if settings.weights == "inherit" else "none",
         "weights": settings.weights,
         **plan.to_dict(),
         "params": {"dense": plan.dense.params, "ticket": counted.params},
