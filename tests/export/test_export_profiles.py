@@ -45,7 +45,7 @@ def test_precision_lives_in_the_graph_or_in_a_flag():
 
 def test_two_of_four_sparsity_is_offered_where_it_gains():
     load("orin").check_sparsity("2:4")
-    with pytest.raises(UsageError, match=r"2:4 with profile tx2.*gpu and orin and rtx"):
+    with pytest.raises(UsageError, match=r"2:4 with profile tx2.*gpu or orin or rtx"):
         load("tx2").check_sparsity("2:4")
 
 

@@ -17,7 +17,7 @@ SMALL = ["model.width=0.5", "data.train_images=100", "data.val_fraction=0.02", "
 
 
 def test_a_verb_is_a_function_of_a_recipe_and_says_nothing(tmp_path, capsys):
-    recipe = resolve("find-ticket", model="resnet8", dataset="fashion-mini", sets=[*SMALL, "ticket.detector=epoch:1"])
+    recipe = resolve("find-ticket", model="resnet8", dataset="fashion-mini", sets=[*SMALL, "ticket.detector=epoch:0.5"])
     result = prunectl.find_ticket(recipe, Options(out=tmp_path))
     assert result["outcome"] == "found" and run_folders(tmp_path) == [recipe.run_name, "latest"]
     assert capsys.readouterr() == ("", "")
