@@ -19,6 +19,7 @@ MAIN = {
     "group-k-support": ("--constraint", "group-k-support", "--set", "sfw.channels=[0.5]", *PLAIN),
     "default-init": ("--sfw-init",),
     "k-support-fade": ("--constraint", "k-support"),
+    "k-support-fade-init": ("--constraint", "k-support", "--sfw-init"),
 }
 ABLATED = {
     "k-sparse-tau-2": ("--constraint", "k-sparse", "--tau", "2", *PLAIN),
