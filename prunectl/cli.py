@@ -480,8 +480,10 @@ def _run(argv: list[str]) -> int:
         return status
     except typer.Exit as e:
         return int(e.exit_code)
-    except SystemExit:  # what typer makes of a reader that left
-        return ExitStatus.OK
+    except SystemExit as e:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # what typer makes of a reader that left
+            return ExitStatus.OK
+        return _unforeseen(argv, e)  # a user's file that ends the process
     except ParseError as e:
         return _complain(argv, e.format_message(), ExitStatus.USAGE)
     except PrunectlError as e:
@@ -501,7 +503,7 @@ def _run(argv: list[str]) -> int:
         return _unforeseen(argv, e)
 
 
-def _unforeseen(argv: list[str], e: Exception) -> int:
+def _unforeseen(argv: list[str], e: BaseException) -> int:
     if any(a in ("-v", "-vv", "--verbose") for a in argv):
         import traceback
 

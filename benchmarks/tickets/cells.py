@@ -69,7 +69,7 @@ def criteria() -> list[Cell]:
 
 
 def goal() -> list[Cell]:
-    """A fifth of the training FLOPs: drawn after 5 % of the schedule to what MACs that leaves, on three widths; validation."""
+    """A fifth of the training FLOPs: drawn after 5 % of the schedule to what MACs that leaves, on two widths; validation."""
     fifth = ("--target-macs", "0.155", *AT_ONCE, "--set", "ticket.rewarm_epochs=1")
     return [
         cell
