@@ -82,7 +82,7 @@ class Search:
         """Whether a draw is due: the deciding detector fires, or the next of several draws has its epoch."""
         deciding, last = self.watchers[self.deciding], step.done > session.recipe.train.epochs - 1e-9
         if self.ticket is None:
-            due = isinstance(deciding, Epoch) and step.done > max(deciding.at, self.not_before) - 1e-9  # whether or not that is a probe's moment
+            due = isinstance(deciding, Epoch) and step.done > max(deciding.at, self.not_before) - 1e-9  # probe or not
             fires = (due or self._probes(step)) and self.look(session, step)
             return fires and (self.search_only or not last)  # nothing would train what is drawn at the very end
         drawn = self.ticket["draws"]
