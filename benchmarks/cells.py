@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,13 +55,32 @@ class Cell:
 Prepare = Callable[[Cell, str], None]  # what a cell's run folder is given before it starts
 
 
-def run(cell: Cell, runs: str, results: Path) -> None:
-    """Runs one cell, its log on stderr, and writes its result when the command ended well (0) or found no ticket (3)."""
+def answer(cell: Cell, runs: str, *flags: str) -> dict[str, Any]:
+    """What the cell's command prints, with these flags more. Ends the program where it failed."""
     program, *arguments = cell.command(runs)
-    done = subprocess.run([sys.executable, "-m", program, *arguments], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in (0, 3):
+    done = subprocess.run([sys.executable, "-m", program, *arguments, *flags], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode not in (0, 3):  # 3: no ticket found, a result too
         sys.exit(f"{cell.name}: exit {done.returncode}: {' '.join(cell.command(runs))}")
-    result = json.loads(done.stdout)
+    return dict(json.loads(done.stdout))
+
+
+def folder_of(cell: Cell, runs: str) -> Path:
+    """Where the cell's run is or will be."""
+    return Path(runs) / answer(cell, runs, "--dry-run")["run"]
+
+
+def hand_over(source: Path, target: Path) -> None:
+    """Gives a run folder that has not begun another's checkpoints, all or none: it begins where that one ended."""
+    half = target.with_name(f"{target.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(source / "checkpoints", half / "checkpoints")
+    shutil.copy(source / "recipe.yaml", half)  # marks a run folder; the cell writes its own over it
+    half.rename(target)
+
+
+def run(cell: Cell, runs: str, results: Path) -> None:
+    """Runs one cell, its log on stderr, and writes its result."""
+    result = answer(cell, runs)
     kept = {k: v for k, v in result.items() if k not in BULKY}
     kept["run"] = Path(result["run"]).name
     kept.update({k: Path(v).name for k, v in kept.items() if k in ("ticket", "compact", "dense", "saved") and v})

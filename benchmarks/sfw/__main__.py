@@ -4,5 +4,6 @@ from pathlib import Path
 
 from benchmarks.cells import main
 from benchmarks.sfw.cells import STAGES
+from benchmarks.sfw.trained import lend
 
-main(STAGES, Path(__file__).parent / "results", str(__doc__))
+main(STAGES, Path(__file__).parent / "results", str(__doc__), lend)

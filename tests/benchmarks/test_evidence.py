@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from running import comparable
 
 from benchmarks import cells
 from benchmarks.sfw import render as sfw
+from benchmarks.sfw import trained
 from benchmarks.tickets import prefix
 from benchmarks.tickets import render as tickets
 
@@ -30,7 +33,8 @@ def test_a_changed_cell_is_noticed(tmp_path: Path) -> None:
 
 class Small(cells.Cell):
     def command(self, out: str) -> list[str]:
-        sets = ("data.train_images=256", "data.val_fraction=0.05", "ticket.probes_per_epoch=2")
+        sets = ("data.train_images=256", "data.val_fraction=0.05", *(["ticket.probes_per_epoch=2"] if self.verb == "find-ticket" else []))
+        sets += (f"data.final={self.judged}",)
         words = ("--epochs", "3", *(part for s in sets for part in ("--set", s)), *self.options, "--out", out, "--json", "--resume", "-q")
         return ["prunectl", self.verb, "resnet8", "fashion-mini", *words]
 
@@ -46,3 +50,15 @@ def test_an_arm_that_was_lent_its_search_ends_as_one_that_searched_itself(tmp_pa
         cells.run(cell, str(tmp_path / runs), tmp_path / f"{runs}-results")
     alone, lent = (next((tmp_path / runs).glob("find-ticket-*")) for runs in ("alone", "lent"))
     assert comparable(alone) == comparable(lent)
+
+
+@pytest.mark.slow
+def test_an_arm_that_was_lent_its_trained_network_ends_as_one_that_trained_itself(tmp_path: Path) -> None:
+    cell = Small("sgd", "thin", 0, "sfw-prune", ("--constraint", "none", "--sparsity", "0.5"), judged="val")
+    cells.run(cell, str(tmp_path / "alone"), tmp_path / "alone-results")
+    cells.run(replace(cell, judged="test"), str(tmp_path / "lent"), tmp_path / "test-results")
+    trained.lend(cell, str(tmp_path / "lent"))
+    cells.run(cell, str(tmp_path / "lent"), tmp_path / "lent-results")
+    alone, lent = (json.loads((tmp_path / f"{runs}-results" / f"{cell.name}.json").read_text()) for runs in ("alone", "lent"))
+    for told in ("accuracy", "sweep"):
+        assert alone["result"][told] == lent["result"][told]
