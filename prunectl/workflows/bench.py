@@ -26,7 +26,7 @@ from prunectl.training import compactmodel
 from prunectl.workflows import engine
 from prunectl.workflows import export as exporting
 from prunectl.workflows.bench_plan import Plan
-from prunectl.workflows.session import versions
+from prunectl.workflows.provenance import versions
 
 PROFILE = {"cpu": "cpu", "cuda": "gpu"}  # of the files that a device is given
 TRAIN_BATCH = 32  # of a network that belongs to no run

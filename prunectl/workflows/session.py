@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from prunectl import __version__, data, dist, models
+from prunectl import data, dist, models
 from prunectl.console import Console
 from prunectl.data import Dataset
 from prunectl.errors import CorruptFile, Interrupted, PrunectlError, RunFolderError, UsageError
@@ -31,6 +29,7 @@ from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, Trai
 from prunectl.training.optimizers import load_state_tensors, sgd, state_tensors
 from prunectl.training.precision import Placement, place
 from prunectl.training.schedule import learning_rate
+from prunectl.workflows.provenance import commit, hardware, versions
 
 EVAL_BATCH = 500
 
@@ -244,7 +243,7 @@ def record(session: Session) -> None:
     if session.run.replaced:
         clear(session.run)
     hard = hardware(session.place)
-    info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": _commit()}
+    info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": commit()}
     write_text(session.run.recipe, session.recipe.to_yaml())  # first: it marks the folder as a run
     write_json(session.run.info, info)
     point_latest(session.run)
@@ -318,29 +317,6 @@ def averaged(state: TrainState) -> Iterator[None]:
         yield
     finally:
         state.model.load_state_dict(trained)
-
-
-def versions() -> dict[str, str]:
-    found = {"prunectl": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "torch-pruning", "numpy", "onnx", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def hardware(placement: Placement) -> dict[str, Any]:
-    cuda = torch.cuda.get_device_name(placement.device) if placement.device.type == "cuda" else None
-    return {
-        "machine": platform.machine(),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "cuda": cuda,
-        "precision": placement.name,
-        "channels_last": placement.channels_last,
-        "ranks": dist.world_size(),
-    }
 
 
 def training_images_per_s(rows: list[dict[str, Any]]) -> float | None:
@@ -480,23 +456,3 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or "unknown"
-
-
-def _commit() -> str | None:
-    """The checkout's commit, where the package is run from one."""
-    head = Path(__file__).parents[2] / ".git" / "HEAD"
-    try:
-        text = head.read_text(encoding="utf-8").strip()
-        return (head.parent / text[5:]).read_text(encoding="utf-8").strip() if text.startswith("ref: ") else text
-    except OSError:
-        return None
