@@ -1,7 +1,7 @@
 """How many channels each group loses: one ratio for every layer, or one threshold over all of them.
 
-Every group keeps at least max(8, a tenth) of its channels. Kept widths are multiples of `round_to`, because engines
-pad odd widths: unrounded networks have run slower than what they were cut from."""
+Every group keeps at least max(8, a tenth) of its channels, those that it began with where it was cut before. Kept widths are
+multiples of `round_to`, because engines pad odd widths: unrounded networks have run slower than what they were cut from."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ def floor_of(channels: int) -> int:
     return min(channels, max(MIN_CHANNELS, math.ceil(MIN_SHARE * channels)))
 
 
-def prunable(graph: Graph, keep: str | None = None) -> dict[str, int]:
+def prunable(graph: Graph, keep: str | None = None, *, began: Mapping[str, int] | None = None) -> dict[str, int]:
     """Group name -> channels, for groups that may shrink: unlocked, wider than their floor, no layer matching `keep`.
 
-    keep: a regular expression searched in the names of the group's producers. Raises Unsatisfiable when none is left."""
+    keep: a regular expression searched in the names of the group's producers. began: group name -> channels before the first of
+    several prunings, of groups that floors are to be reckoned from. Raises Unsatisfiable when none is left."""
     try:
         protected = re.compile(keep) if keep else None
     except re.error as e:
         raise UsageError(f"--keep '{keep}' is no regular expression: {e}") from None
+    floors = {g.name: floor_of((began or {}).get(g.name, g.channels)) for g in graph.groups}
     found = {
         g.name: g.channels
         for g in graph.groups
-        if not g.locked and g.channels > floor_of(g.channels) and not (protected and any(protected.search(p) for p in g.producers))
+        if not g.locked and g.channels > floors[g.name] and not (protected and any(protected.search(p) for p in g.producers))
     }
     if not found:
         reasons = sorted({g.locked for g in graph.groups if g.locked})
@@ -47,19 +49,25 @@ def prunable(graph: Graph, keep: str | None = None) -> dict[str, int]:
     return found
 
 
-def layerwise(scores: Mapping[str, Tensor], *, sparsity: float, round_to: int = 8) -> dict[str, list[int]]:
-    """Dropped channels when every group loses the share `sparsity` of its lowest scores."""
-    return {name: _lowest(s, len(s) - _width(len(s), len(s) * (1 - sparsity), round_to)) for name, s in scores.items()}
+def layerwise(
+    scores: Mapping[str, Tensor], *, sparsity: float, round_to: int = 8, floors: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
+    """Dropped channels when every group loses the share `sparsity` of its lowest scores. floors: by group, where not the usual."""
+    least = floors or {name: floor_of(len(s)) for name, s in scores.items()}
+    return {name: _lowest(s, len(s) - _width(len(s), len(s) * (1 - sparsity), round_to, least[name])) for name, s in scores.items()}
 
 
-def globally(scores: Mapping[str, Tensor], *, sparsity: float, round_to: int = 8) -> dict[str, list[int]]:
+def globally(
+    scores: Mapping[str, Tensor], *, sparsity: float, round_to: int = 8, floors: Mapping[str, int] | None = None
+) -> dict[str, list[int]]:
     """Dropped channels when the share `sparsity` with the lowest scores of all groups goes, floors and rounding kept.
 
     The groups' scores are compared as they are."""
+    least = floors or {name: floor_of(len(s)) for name, s in scores.items()}
     pooled = torch.cat([s.double() for s in scores.values()])
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])
     quota = round(sparsity * len(pooled))
-    room = [len(s) - floor_of(len(s)) for s in scores.values()]
+    room = [len(s) - least[name] for name, s in scores.items()]
     gone = [0] * len(room)
     for i in owner[pooled.argsort(stable=True)].tolist():
         if quota == 0:
@@ -67,13 +75,15 @@ def globally(scores: Mapping[str, Tensor], *, sparsity: float, round_to: int = 8
         if gone[i] < room[i]:
             gone[i] += 1
             quota -= 1
-    return {name: _lowest(s, len(s) - _width(len(s), len(s) - n, round_to)) for (name, s), n in zip(scores.items(), gone, strict=True)}
+    return {
+        name: _lowest(s, len(s) - _width(len(s), len(s) - n, round_to, least[name]))
+        for (name, s), n in zip(scores.items(), gone, strict=True)
+    }
 
 
-def _width(channels: int, wanted: float, round_to: int) -> int:
+def _width(channels: int, wanted: float, round_to: int, floor: int) -> int:
     """The allowed width nearest to `wanted`: a multiple of `round_to`, or all channels, and never below the floor."""
-    floor = math.ceil(floor_of(channels) / round_to) * round_to
-    rounded = max(floor, math.floor(wanted / round_to + 0.5) * round_to)
+    rounded = max(math.ceil(floor / round_to) * round_to, math.floor(wanted / round_to + 0.5) * round_to)
     return min(channels, rounded)
 
 

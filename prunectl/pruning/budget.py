@@ -24,12 +24,13 @@ class Budget:
     """What was asked for: share `value` of channels removed (metric "channels"), or of dense "macs" or "params" kept.
 
     whole: what the share is of, where that is not the network at hand but the dense one that it was cut from; gone: the
-    channels that went before."""
+    channels that went before. tolerance: how far off it may be met, as a share of `value`."""
 
     metric: str
     value: float
     whole: int | None = None
     gone: int = 0
+    tolerance: float = TOLERANCE
 
     @property
     def keeps(self) -> float:
@@ -38,17 +39,17 @@ class Budget:
     @property
     def slack(self) -> float:
         """Absolute tolerance: 2 % of the value asked for, and a quarter of a percent where that value is tiny."""
-        return max(TOLERANCE * self.value, 0.0025) if self.metric == "channels" else TOLERANCE * self.value
+        return max(self.tolerance * self.value, 0.0025) if self.metric == "channels" else self.tolerance * self.value
 
     def refusal(self, nearest: float, smallest: float, round_to: int) -> str:
         finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= smallest else ""
         if self.metric == "channels":
             return (
-                f"--sparsity {self.value:g} cannot be met within 2 %: the nearest is {1 - nearest:.3f},"
+                f"--sparsity {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {1 - nearest:.3f},"
                 f" and at most {1 - smallest:.3f} of this network's channels can go{finer}"
             )
         return (
-            f"--target-{self.metric} {self.value:g} cannot be met within 2 %: the nearest is {nearest:.3f},"
+            f"--target-{self.metric} {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {nearest:.3f},"
             f" and the least {smallest:.3f} of the dense {self.metric}{finer}"
         )
 

@@ -63,19 +63,21 @@ def plan_ticket(
     rho: float = 0.05,
     seed: int = 0,
     gradients: Mapping[str, Tensor] | None = None,
+    began: Mapping[str, int] | None = None,
 ) -> TicketPlan:
     """The plan that meets `budget` on `model` as it is now; the model is left alone.
 
-    example: (1, C, H, W). round_to: a multiple for every width, None for the coarsest of 8, 4, 2, 1 that meets the
-    budget. Raises Unsatisfiable when nothing can go or the budget cannot be met."""
+    example: (1, C, H, W). round_to: a multiple for every width, None for the coarsest of 8, 4, 2, 1 that meets the budget.
+    began: group -> channels before earlier prunings, which floors are a share of. Raises Unsatisfiable when nothing can go or
+    the budget cannot be met."""
     graph = analyse(model, example)
-    free = allocate.prunable(graph, keep)
+    free = allocate.prunable(graph, keep, began=began)
     views = describe(model, graph, rho=rho, seed=seed, gradients=gradients)
     score = criteria.get(criterion)
     scores = {name: score(views[name]) for name in free}
     order = {name: s.argsort(stable=True).tolist() for name, s in scores.items()}
     costs = CostModel.of(model, graph, (example.shape[1], example.shape[2], example.shape[3]))
-    floors = {name: allocate.floor_of(width) for name, width in free.items()}
+    floors = {name: allocate.floor_of((began or {}).get(name, width)) for name, width in free.items()}
     dense, total = costs.predict({}), sum(free.values())
 
     def share(dropped: Mapping[str, int]) -> float:
@@ -84,7 +86,7 @@ def plan_ticket(
         return float(getattr(costs.predict(dropped), budget.metric) / (budget.whole or getattr(dense, budget.metric)))
 
     def allocation(sparsity: float, multiple: int) -> dict[str, list[int]]:
-        return SCOPES[scope](scores, sparsity=sparsity, round_to=multiple)
+        return SCOPES[scope](scores, sparsity=sparsity, round_to=multiple, floors=floors)
 
     rounds = AUTO_ROUNDS if round_to is None else (round_to,)
     dropped, used = meet(allocation, order, share, budget=budget, rounds=rounds, floors=floors)

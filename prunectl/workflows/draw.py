@@ -29,13 +29,18 @@ from prunectl.workflows.session import Session, adopt, reset_average, teach
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
 REPAIR_IMAGES, REPAIR_BATCH = 512, 64
+ON_THE_WAY = 0.25  # how far off draws before the last may be, as a share of what they remove
 
 
 def preflight(session: Session, settings: Ticket) -> TicketPlan:
     """The plan that the untrained network would get: refuses before training what could only be refused after it."""
-    plan = _plan(session, settings, budget_of(settings))
+    plan = _plan(session, settings, 1, 1)
     if settings.draws > 1:
-        _plan(session, settings, _budget_of_step(settings, settings.draws, 1, None))
+        model, before = session.state.model, None
+        for nth in range(1, settings.draws + 1):
+            step = _plan(session, settings, nth, settings.draws, before, model)
+            model = compact(model, step.dropped, session.example()).module
+            before = {"macs": {"dense": plan.dense.macs}, "params": {"dense": plan.dense.params}, "widths": _widths(before, step)}
     session.ui.detail(
         f"{len(plan.widths)} groups of coupled channels can shrink; MACs will go from {si(plan.dense.macs)} to about {si(plan.cost.macs)}"
     )
@@ -52,7 +57,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     if before is None:
         session.write_model("dense", dense)
     dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
-    plan = _plan(session, settings, _budget_of_step(settings, search.draws, nth, before))
+    plan = _plan(session, settings, nth, search.draws, before)
     if settings.criterion == "taylor":
         images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
         session.spent_flops += cost.training_flops(session.macs, images)
@@ -99,22 +104,26 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
 
 def _together(before: dict[str, Any], plan: TicketPlan, this: dict[str, Any]) -> dict[str, Any]:
     """The record of a ticket after one more draw, told from the dense network: `before`, and what `plan` took of the rest."""
-    first = {name: width for name, (width, _) in before["widths"].items()} | {
-        name: width for name, (width, _) in plan.widths.items() if name not in before["widths"]
-    }
+    widths = _widths(before, plan)
+    first = {name: width for name, (width, _) in widths.items()}
     dropped = composed(before["dropped"], plan.dropped, first)
-    gone = sum(map(len, dropped.values()))
     return {
         **before,
         **plan.to_dict(),
-        "channels_removed": gone / sum(first.values()),
-        "widths": {name: [width, width - len(dropped.get(name, []))] for name, width in first.items()},
+        "channels_removed": sum(map(len, dropped.values())) / sum(first.values()),
+        "widths": widths,
         "dropped": dropped,
         "params": {**before["params"], "ticket": this["params"]},
         "macs": {**before["macs"], "ticket": this["macs"]},
         "accuracy": {**this["accuracy"], "dense_at_draw": before["accuracy"]["dense_at_draw"]},
         "draws": [*before["draws"], this],
     }
+
+
+def _widths(before: dict[str, Any] | None, plan: TicketPlan) -> dict[str, list[int]]:
+    """Channels of each group in the dense network and after `plan`, which comes on top of what the record `before` tells."""
+    known = before["widths"] if before else {}
+    return {**known, **{name: [known.get(name, [now])[0], after] for name, (now, after) in plan.widths.items()}}
 
 
 def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module:
@@ -130,16 +139,20 @@ def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module
     return source
 
 
-def _plan(session: Session, settings: Ticket, budget: Budget) -> TicketPlan:
+def _plan(
+    session: Session, settings: Ticket, nth: int, draws: int, before: dict[str, Any] | None = None, model: nn.Module | None = None
+) -> TicketPlan:
+    """The nth of `draws` draws, from `model`, the session's own unless it is given; before: the record of the draws until then."""
+    model = model or session.state.model
     gradients = None
     if settings.criterion == "taylor":
         size = session.recipe.train.batch_size
         batches = session.data.eval_batches("train", batch_size=size, limit=GRADIENT_BATCHES * size)
-        gradients = mean_gradients(session.state.model, batches, session.place)
+        gradients = mean_gradients(model, batches, session.place)
     return plan_ticket(
-        session.state.model,
+        model,
         session.example(),
-        budget=budget,
+        budget=_budget_of_step(settings, draws, nth, before),
         criterion=settings.criterion,
         scope=settings.scope,
         round_to=None if settings.round_to == "auto" else int(settings.round_to),
@@ -147,6 +160,7 @@ def _plan(session: Session, settings: Ticket, budget: Budget) -> TicketPlan:
         rho=settings.rho,
         seed=session.recipe.seed,
         gradients=gradients,
+        began={name: width for name, (width, _) in before["widths"].items()} if before else None,
     )
 
 
@@ -159,16 +173,20 @@ def budget_of(settings: Ticket) -> Budget:
 
 
 def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, Any] | None) -> Budget:
-    """What is to be left of the dense network after the nth draw: the same share of the rest goes each time."""
+    """What is to be left of the dense network after the nth draw: the same share of the rest goes each time, roughly.
+
+    Only the last draw has a budget to meet; widths that are multiples from the first draw on leave it multiples to end at."""
     asked = budget_of(settings)
     keeps = asked.keeps ** (nth / draws)
     value = 1 - keeps if asked.metric == "channels" else keeps
+    tolerance = ON_THE_WAY * (1 - keeps) / value if nth < draws else asked.tolerance
     if before is None:
-        return Budget(asked.metric, value)
+        return Budget(asked.metric, value, tolerance=tolerance)
     if asked.metric == "channels":
         widths = before["widths"].values()
-        return Budget("channels", value, whole=sum(b for b, _ in widths), gone=sum(b - a for b, a in widths))
-    return Budget(asked.metric, value, whole=before[asked.metric]["dense"])
+        whole, gone = sum(b for b, _ in widths), sum(b - a for b, a in widths)
+        return Budget("channels", value, whole=whole, gone=gone, tolerance=tolerance)
+    return Budget(asked.metric, value, whole=before[asked.metric]["dense"], tolerance=tolerance)
 
 
 def _chosen_weights(session: Session, settings: Ticket, search: Search, plan: TicketPlan, small: Compacted) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from prunectl import models
 from prunectl.errors import Unsatisfiable
+from prunectl.pruning.allocate import floor_of
 from prunectl.pruning.budget import TOLERANCE, Budget
 from prunectl.pruning.cost import count
 from prunectl.pruning.surgery import compact
@@ -57,6 +59,20 @@ def test_two_prunings_in_turn_are_the_one_that_they_compose_to() -> None:
     assert second.dropped and count(twice, SHAPE).params < count(once, SHAPE).params
     for (name, a), (_, b) in zip(twice.state_dict().items(), direct.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_floors_are_a_share_of_what_a_group_began_with() -> None:
+    """A second pruning may not go below a tenth of the first width, however narrow the group has become."""
+    model = network("vgg16").eval()
+    first = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.7), criterion="l2")
+    once = compact(model, first.dropped, EXAMPLE).module
+    began = {name: width for name, (width, _) in first.widths.items()}
+    whole, gone = sum(began.values()), sum(map(len, first.dropped.values()))
+    budget = Budget("channels", 0.87, whole=whole, gone=gone)
+    second = plan_ticket(once, EXAMPLE, budget=budget, criterion="l2", round_to=1, began=began)
+    assert all(after >= floor_of(began[name]) for name, (_, after) in second.widths.items())
+    with pytest.raises(Unsatisfiable, match="at most"):
+        plan_ticket(once, EXAMPLE, budget=replace(budget, value=0.95), criterion="l2", began=began)
 
 
 @pytest.mark.parametrize(("metric", "value"), [("channels", 0.6), ("macs", 0.2), ("params", 0.2)])

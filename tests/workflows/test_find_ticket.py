@@ -375,6 +375,24 @@ def test_drawn_in_steps_the_ticket_meets_its_budget_and_replays_as_one(tmp_path)
     assert {k: v.shape for k, v in at_once.state_dict().items()} == {k: v.shape for k, v in package.load(run).state_dict().items()}
 
 
+@pytest.mark.parametrize("round_to", ["8", "auto"])
+def test_draws_on_the_way_need_only_come_near(tmp_path, round_to):
+    """In multiples of 8 no 16 % of these channels can go, which the first of four draws to half would take; half can."""
+    draws = ("--sparsity", "0.5", "--round-to", round_to, "--set", "ticket.draws=4", "--set", "model.width=1")
+    done = prunectl(*FIND, *draws, "--set", "ticket.draw_every=0.5", "--epochs", "3", "--detector", "epoch:1", "--out", tmp_path)
+    assert done.code == 0, done
+    ticket = json.loads((only_run(tmp_path) / "ticket.json").read_text())
+    assert len(ticket["draws"]) == 4 and ticket["channels_removed"] == pytest.approx(0.5, rel=0.02)
+    assert all(after % 8 == 0 for _, after in ticket["widths"].values())
+
+
+def test_a_later_draw_that_cannot_meet_its_budget_is_refused_before_training(tmp_path):
+    """Three channels of 48 can go, but the first of four draws would take three quarters of one."""
+    draws = ("--sparsity", "0.06", "--set", "ticket.draws=4", "--set", "model.width=0.5")
+    prunectl(*FIND, *draws, "--out", tmp_path).refused(3, "cannot be met within 25 %")
+    assert not list(tmp_path.glob("find-ticket-*"))
+
+
 def test_draws_that_the_schedule_does_not_hold_are_fewer_and_meet_the_budget(tmp_path):
     """The detector fires where it likes: here after 1 of 2 epochs, and three draws need two more."""
     loose = ("--eps", "0.99", "--window", "3", "--set", "ticket.draws=3", "--set", "ticket.draw_every=0.75", "--target-macs", "0.6")
