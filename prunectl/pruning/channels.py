@@ -3,7 +3,8 @@
 Coupled layers stand side by side: a channel's filter is the concatenation of every producer's filter row, so that Gram
 matrices and squared norms add over producers, and identity shortcuts contribute nothing. Batch norm in eval mode is
 affine, so it is folded into the filter it follows. Where a residual stream is normalised only by its readers
-(pre-activation nets), no single hyperplane exists: each producer takes the mean scale of the reading batch norms."""
+(pre-activation nets), no single hyperplane exists: each producer takes the mean scale of the reading batch norms. One behind
+the ReLU (conv, ReLU, batch norm) leaves the hyperplane where the convolution put it, and is not folded."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: in
     own = {m.layer: graph.norm_after[m.layer] for m, _ in producers if m.layer in graph.norm_after}
     affine = {m.layer: (_by_root(group, m, scale), _by_root(group, m, shift)) for m, norm in norms for scale, shift in [_affine(norm)]}
     zero = torch.zeros(group.channels)
-    shared = _mean([affine[m.layer] for m, _ in norms if m.layer not in own.values()], default=(torch.ones(group.channels), zero))
+    lone = [affine[m.layer] for m, _ in norms if m.layer not in {*own.values(), *graph.late}]
+    shared = _mean(lone, default=(torch.ones(group.channels), zero))
     filters, bias = [], zero
     for (m, layer), raw in zip(producers, weights, strict=True):
         scale, shift = affine[own[m.layer]] if m.layer in own else (shared[0], zero)

@@ -27,6 +27,7 @@ Norm = nn.modules.batchnorm._BatchNorm
 PerChannel = Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
 _Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._OutputOp  # torch-pruning's stand-ins
 _TRACER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # torch-pruning has none of its own
+_ACTIVATIONS = ("Relu", "LeakyRelu", "Prelu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Mish", "Elu", "Celu", "Rrelu")
 _HOMOGENEOUS = (
     "ReluBackward",
     "MaxPool2D",
@@ -71,11 +72,13 @@ class Group:
 class Graph:
     """All groups of a network in the order of its layers, and the batch norm right behind each layer.
 
+    late: batch norms fed by an activation, which therefore move no boundary of the units before it.
     plain: the groups with one producer whose channels reach every reader one by one, through nothing but ReLU, pooling
     and flattening, so that c times a channel is c times what its readers get (c > 0)."""
 
     groups: tuple[Group, ...]
     norm_after: Mapping[str, str]
+    late: frozenset[str] = frozenset()
     plain: frozenset[str] = frozenset()
 
     def __getitem__(self, name: str) -> Group:
@@ -104,11 +107,13 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
     graph = _trace(twin, example)
     names = {module: name for name, module in twin.named_modules()}
     groups = _groups(graph, twin)
-    norms = {}
+    norms, late = {}, set()
     for module, node in graph.module2node.items():
         followers = [n.module for n in node.outputs]
         if module in names and len(followers) == 1 and isinstance(followers[0], Norm):
             norms[names[module]] = names[followers[0]]
+        if isinstance(module, Norm) and any(_operator(n).startswith(_ACTIVATIONS) for n in node.inputs):
+            late.add(names[module])
     plain = {g.name for g in groups if _is_plain(graph, g, twin)}
     trial, free = _with_random_weights(model), [g for g in groups if not g.locked]
     while unsound := _unsound(trial, free, example):
@@ -116,7 +121,7 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
     sound = {g.name for g in free}
     reason = "without them the network computes something else than with them masked: its code fixes their number or mixes them"
     groups = [g if g.locked or g.name in sound else replace(g, locked=reason) for g in groups]
-    return Graph(tuple(groups), norms, frozenset(plain & sound))
+    return Graph(tuple(groups), norms, frozenset(late), frozenset(plain & sound))
 
 
 def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
@@ -342,7 +347,7 @@ def _scales(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
     if not node.outputs:
         return False
     for after in node.outputs:
-        module, operator = after.module, after.grad_fn.name() if after.grad_fn is not None else ""
+        module, operator = after.module, _operator(after)
         if isinstance(module, Dense):
             if getattr(module, "groups", 1) != 1:
                 return False
@@ -352,6 +357,11 @@ def _scales(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
         elif not operator.startswith(_HOMOGENEOUS) or not _scales(after):
             return False
     return True
+
+
+def _operator(node: tp.dependency.Node) -> str:
+    """The name of the function that autograd keeps for the node's output, or nothing."""
+    return str(node.grad_fn.name()) if node.grad_fn is not None else ""
 
 
 def _without_repeats(members: list[Member], model: nn.Module) -> list[Member]:

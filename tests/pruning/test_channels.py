@@ -85,6 +85,15 @@ def test_without_norms_the_stored_weights_and_biases_are_the_hyperplane() -> Non
     assert c.gammas.shape == (12, 0)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), nn.Hardswish()], ids=lambda a: type(a).__name__)
+def test_a_norm_behind_the_activation_moves_no_boundary(activation: nn.Module) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), activation, nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    model = randomised(net.append(nn.Flatten()).append(nn.Linear(8, 4)))
+    c = views(model)["0"]
+    assert torch.equal(c.filters, model[0].weight.detach().flatten(1).float()) and torch.equal(c.bias, model[0].bias.detach().float())
+    assert c.gammas.shape == (16, 1)
+
+
 def test_a_norm_without_statistics_or_scale() -> None:
     norms = nn.BatchNorm2d(16, track_running_stats=False), nn.BatchNorm2d(12, affine=False)
     layers = [nn.Conv2d(3, 16, 3), norms[0], nn.ReLU(), nn.Conv2d(16, 12, 3), norms[1], nn.ReLU(), nn.Flatten(), nn.Linear(192, 5)]
