@@ -141,6 +141,9 @@ def find_ticket(
     round_to: Annotated[str | None, typer.Option("--round-to", help="auto, or a multiple for every width")] = None,
     keep: Annotated[str | None, typer.Option("--keep", metavar="REGEX", help="layers that keep all channels")] = None,
     search_only: Annotated[bool | None, typer.Option("--search-only", help="stop after the draw")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="prune a saved network; --detector epoch:0 draws from it as it is")
+    ] = None,
     recipe: RecipeOpt = None,
     sets: SetOpt = None,
     epochs: EpochsOpt = None,
@@ -181,7 +184,7 @@ def find_ticket(
         "keep": keep,
         "search_only": search_only,
     }
-    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "data.dir": data_dir}
+    common = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": start, "data.dir": data_dir}
     overrides = {**common, **{f"ticket.{k}": v for k, v in ticket.items()}}
     settings = _recipe("find-ticket", model, dataset, recipe, sets, overrides)
     _check_names(settings)

@@ -19,6 +19,7 @@ MAIN = {
     "group-k-support": ("--constraint", "group-k-support", "--set", "sfw.channels=[0.5]", *PLAIN),
     "default-init": ("--sfw-init",),
     "k-support-fade": ("--constraint", "k-support"),
+    "l2-fade": ("--constraint", "lp"),
     "k-support-fade-init": ("--constraint", "k-support", "--sfw-init"),
 }
 ABLATED = {
@@ -33,6 +34,7 @@ ABLATED = {
     "fade-300": ("--set", "sfw.fade=300"),
     "default-tau-5": ("--tau", "5"),
     "k-support-fade-k-20": ("--constraint", "k-support", "--k-fraction", "0.2"),
+    "l2-fade-tau-5": ("--constraint", "lp", "--tau", "5"),
     "sgd-wd-2e-3": ("--constraint", "none", "--set", "train.weight_decay=0.002"),
 }
 

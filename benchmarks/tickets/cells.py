@@ -8,6 +8,7 @@ NETS = ("thin", "wide")
 AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
 HALF = ("--sparsity", "0.5")
 RIVALS = "benchmarks.tickets.rivals"
+AFTER_TRAINING = "benchmarks.tickets.after_training"
 
 
 def main_job() -> list[Cell]:
@@ -64,6 +65,7 @@ def criteria() -> list[Cell]:
         *_ticket("spline-global", "--scope", "global"),
         *_ticket("l2-bare", "--criterion", "l2", "--set", "ticket.repair=none"),
         *_ticket("scratch", "--set", "ticket.weights=reinit"),
+        *_ticket("after-training", at=(), program=AFTER_TRAINING),
     ]
     return [*ranked, *theirs, *spline]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.cells import Cell, answer, folder_of, hand_over
+from benchmarks.tickets.cells import AFTER_TRAINING
 
 SEARCH = ("--detector", "--eps", "--window", "--sparsity")  # flags that decide what a search sees and when it ends
 SETTINGS = ("ticket.probe", "ticket.code", "ticket.detector", "train.")  # and settings
@@ -17,7 +18,7 @@ SETTINGS = ("ticket.probe", "ticket.code", "ticket.detector", "train.")  # and s
 
 def lend(cell: Cell, runs: str) -> None:
     """Puts the checkpoint of the cell's search into its run folder, unless that folder has begun or there is no search."""
-    if cell.verb != "find-ticket" or "--detector epoch:0" in " ".join(cell.options):
+    if cell.verb != "find-ticket" or cell.program == AFTER_TRAINING or "--detector epoch:0" in " ".join(cell.options):
         return
     target = folder_of(cell, runs)
     if not target.exists():

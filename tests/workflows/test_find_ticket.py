@@ -560,3 +560,19 @@ def test_a_users_own_network(tmp_path):
 )
 def test_other_networks(tmp_path, model):
     _goes_through(model, tmp_path)
+
+
+def test_a_trained_network_is_pruned_and_fine_tuned(tmp_path):
+    """The classic way: --from with a draw at epoch 0 takes the trained weights as they are."""
+    trained = prunectl("train", *FIND[1:], "--epochs", "2", "--out", tmp_path, "--json").document
+    tune = ("--from", trained["run"], "--detector", "epoch:0", "--epochs", "1", "--set", "train.lr=0.01")
+    done = prunectl(*FIND, *tune, "--out", tmp_path, "--json")
+    assert done.code == 0, done
+    found = done.document
+    assert found["found_epoch"] == 0 and found["params"]["ticket"] < found["params"]["dense"] == trained["params"]
+    rows = [json.loads(line) for line in (Path(trained["run"]) / "metrics.jsonl").read_text().splitlines()]
+    assert found["accuracy"]["dense_at_draw"] == pytest.approx(rows[-1]["val_top1"], abs=0.01)
+
+
+def test_from_a_folder_without_a_network_is_refused(tmp_path):
+    prunectl(*FIND, "--from", tmp_path, "--out", tmp_path / "runs").refused(2, str(tmp_path))
