@@ -19,7 +19,6 @@ MAIN = {
     "group-k-support": ("--constraint", "group-k-support", "--set", "sfw.channels=[0.5]", *PLAIN),
     "default-init": ("--sfw-init",),
     "k-support-fade": ("--constraint", "k-support"),
-    "l2-fade": ("--constraint", "lp"),
     "k-support-fade-init": ("--constraint", "k-support", "--sfw-init"),
 }
 ABLATED = {
@@ -34,14 +33,16 @@ ABLATED = {
     "fade-300": ("--set", "sfw.fade=300"),
     "default-tau-5": ("--tau", "5"),
     "k-support-fade-k-20": ("--constraint", "k-support", "--k-fraction", "0.2"),
+    "l2-fade": ("--constraint", "lp"),
     "l2-fade-tau-5": ("--constraint", "lp", "--tau", "5"),
     "sgd-wd-2e-3": ("--constraint", "none", "--set", "train.weight_decay=0.002"),
 }
 
 
 def first_pass() -> list[Cell]:
-    """Every arm once, validation only; what is ablated on the thin network, because it is quick."""
-    arms = [(net, arm, options) for net in NETS for arm, options in (MAIN | (ABLATED if net == "thin" else {})).items()]
+    """Every arm once, validation only; what is ablated on the thin network, because it is quick, and the last set on both."""
+    more = {"thin": ABLATED, "wide": {"l2-fade": ABLATED["l2-fade"]}}
+    arms = [(net, arm, options) for net in NETS for arm, options in (MAIN | more[net]).items()]
     return [Cell(arm, net, 0, "sfw-prune", (*options, *SWEEP), judged="val") for net, arm, options in arms]
 
 
