@@ -135,7 +135,7 @@ def _average_and_mark_(job: Job, shaped: Tensor, groups: Groups) -> Sums:
             np.multiply(average, marks, out=b)
         else:
             np.copyto(b, average)
-        total += float(np.dot(average, average)), *_products(a, b)
+        total += float(np.dot(average, average)), float(np.dot(a, a)), float(np.dot(a, b)), _square_in_short_sums(b)
     return Sums(*total.tolist())
 
 
@@ -147,7 +147,10 @@ def _average_and_select_(job: Job, shaped: Tensor) -> Sums:
     norm2, found = _average_(m, g, job.weight, k, job.bracket)
     kth, surplus = found or kth_largest(bits_of(m), k)
     job.bracket.saw(kth, m.dtype)
-    ww, wu, uu = _direct_(u, w, m, kth, isinstance(job.constraint, KSparse))
+    signs = isinstance(job.constraint, KSparse)
+    ww, wu, uu = _direct_(u, w, m, kth, signs)
+    if signs:
+        uu = float(k + surplus if kth else u.count_nonzero())
     if surplus and kth:
         ties = last_ties(job.m, kth, surplus)
         wu -= float((job.w.detach()[ties] * shaped[ties]).sum())
@@ -169,21 +172,20 @@ def _average_(m: Tensor, g: Tensor, weight: float, k: int, bracket: Bracket) -> 
 
 
 def _direct_(u: Tensor, w: Tensor, m: Tensor, kth: int, signs: bool) -> tuple[float, float, float]:
-    """u = sign(m) or m where |m| is at least the k-th largest, else 0; (|w|^2, <w, u>, |u|^2)."""
-    total = np.zeros(3)
+    """u = sign(m) or m where |m| is at least the k-th largest, else 0; (|w|^2, <w, u>, |u|^2), the last 0 for signs."""
+    ww = wu = uu = 0.0
     for x, y, z in _parts(u, w, m):
         keep_at_least_(x, z, kth)
         if signs:
             x.sign_()
-        total += _products(y.numpy(), x.numpy())
-    ww, wu, uu = total.tolist()
+        a, b = y.numpy(), x.numpy()
+        ww, wu, uu = ww + float(np.dot(a, a)), wu + float(np.dot(a, b)), uu + (0.0 if signs else _square_in_short_sums(b))
     return ww, wu, uu
 
 
-def _products(w: np.ndarray, u: np.ndarray) -> tuple[float, float, float]:
-    """<w, w>, <w, u>, <u, u>; the last, which the vertex's length comes from, in shorter sums."""
-    uu = sum(float(np.dot(part, part)) for part in (u[i : i + _SHORT] for i in range(0, u.size, _SHORT)))
-    return float(np.dot(w, w)), float(np.dot(w, u)), uu
+def _square_in_short_sums(u: np.ndarray) -> float:
+    """|u|^2, which the vertex's length comes from."""
+    return sum(float(np.dot(part, part)) for part in (u[i : i + _SHORT] for i in range(0, u.size, _SHORT)))
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
