@@ -59,7 +59,8 @@ def answer(cell: Cell, runs: str, *flags: str) -> dict[str, Any]:
     """What the cell's command prints, with these flags more. Ends the program where it failed."""
     program, *arguments = cell.command(runs)
     done = subprocess.run([sys.executable, "-m", program, *arguments, *flags], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode not in (0, 3):  # 3: no ticket found, a result too
+    refused = '"outcome": "error"' in done.stdout or not done.stdout
+    if done.returncode not in (0, 3) or refused:  # 3: no ticket found, a result too
         sys.exit(f"{cell.name}: exit {done.returncode}: {' '.join(cell.command(runs))}")
     return dict(json.loads(done.stdout))
 

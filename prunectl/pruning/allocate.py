@@ -1,6 +1,6 @@
 """How many channels each group loses: one ratio for every layer, or one threshold over all of them.
 
-Every group keeps at least max(8, a tenth) of its channels, those that it began with where it was cut before. Kept widths are
+Every group keeps at least max(8, a tenth) of its channels, and over several draws of those that it began with. Kept widths are
 multiples of `round_to`, because engines pad odd widths: unrounded networks have run slower than what they were cut from."""
 
 from __future__ import annotations

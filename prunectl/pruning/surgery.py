@@ -27,7 +27,10 @@ Norm = nn.modules.batchnorm._BatchNorm
 PerChannel = Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
 _Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._OutputOp  # torch-pruning's stand-ins
 _TRACER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # torch-pruning has none of its own
-_ACTIVATIONS = ("Relu", "LeakyRelu", "Prelu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Mish", "Elu", "Celu", "Rrelu")
+_ACTIVATIONS = (
+    *("Relu", "LeakyRelu", "Prelu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Mish", "Elu", "Celu", "Rrelu"),
+    *("Tanh", "Sigmoid", "Softplus", "Hardsigmoid", "Threshold", "ClampMin", "ClampBackward"),
+)
 _HOMOGENEOUS = (
     "ReluBackward",
     "MaxPool2D",
@@ -112,7 +115,7 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
         followers = [n.module for n in node.outputs]
         if module in names and len(followers) == 1 and isinstance(followers[0], Norm):
             norms[names[module]] = names[followers[0]]
-        if isinstance(module, Norm) and any(_operator(n).startswith(_ACTIVATIONS) for n in node.inputs):
+        if isinstance(module, Norm) and _activated(node):
             late.add(names[module])
     plain = {g.name for g in groups if _is_plain(graph, g, twin)}
     trial, free = _with_random_weights(model), [g for g in groups if not g.locked]
@@ -357,6 +360,15 @@ def _scales(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
         elif not operator.startswith(_HOMOGENEOUS) or not _scales(after):
             return False
     return True
+
+
+def _activated(node: tp.dependency.Node) -> bool:
+    """Whether what `node` reads comes from an activation, directly or through pooling and flattening."""
+    return any(
+        _operator(n).startswith(_ACTIVATIONS)
+        or (not isinstance(n.module, Dense | Norm) and _operator(n).startswith(_HOMOGENEOUS) and _activated(n))
+        for n in node.inputs
+    )
 
 
 def _operator(node: tp.dependency.Node) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunectl import dist, models
 from prunectl.console import si
+from prunectl.errors import Unsatisfiable
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
 from prunectl.pruning.merge import merge_
@@ -29,18 +30,13 @@ from prunectl.workflows.session import Session, adopt, reset_average, teach
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
 REPAIR_IMAGES, REPAIR_BATCH = 512, 64
-ON_THE_WAY = 0.25  # how far off draws before the last may be, as a share of what they remove
 
 
 def preflight(session: Session, settings: Ticket) -> TicketPlan:
     """The plan that the untrained network would get: refuses before training what could only be refused after it."""
     plan = _plan(session, settings, 1, 1)
     if settings.draws > 1:
-        model, before = session.state.model, None
-        for nth in range(1, settings.draws + 1):
-            step = _plan(session, settings, nth, settings.draws, before, model)
-            model = compact(model, step.dropped, session.example()).module
-            before = {"macs": {"dense": plan.dense.macs}, "params": {"dense": plan.dense.params}, "widths": _widths(before, step)}
+        _rehearse(session, settings, settings.draws)
     session.ui.detail(
         f"{len(plan.widths)} groups of coupled channels can shrink; MACs will go from {si(plan.dense.macs)} to about {si(plan.cost.macs)}"
     )
@@ -50,14 +46,14 @@ def preflight(session: Session, settings: Ticket) -> TicketPlan:
 def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> dict[str, Any]:
     """The ticket of the network as it is now; the session goes on with the small network."""
     dense, before = session.state.model, search.ticket
-    nth = len(before["draws"]) + 1 if before else 1
     if before is None:
         search.fit_into(session, epoch)
+        _settle_on_a_number(session, settings, search)
     at_draw = session.accuracy("val", dense).top1
     if before is None:
         session.write_model("dense", dense)
     dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
-    plan = _plan(session, settings, nth, search.draws, before)
+    nth, plan = _next(session, settings, search.drawn + 1, search.draws, before)
     if settings.criterion == "taylor":
         images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
         session.spent_flops += cost.training_flops(session.macs, images)
@@ -82,7 +78,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         f"validation {at_draw:.2f} % dense, {raw:.2f} % pruned, {recalibrated:.2f} % re-calibrated"
     )
     accuracy = {"dense_at_draw": at_draw, "raw": raw, "bn_recalibrated": recalibrated}
-    this = {"epoch": epoch, "macs": counted.macs, "params": counted.params, "accuracy": accuracy}
+    this = {"nth": nth, "epoch": epoch, "macs": counted.macs, "params": counted.params, "accuracy": accuracy}
     if before:
         return _together(before, plan, this)
     return {
@@ -100,6 +96,46 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "members": {g.name: [m.layer for m in g.members] for g in plan.graph.groups},
         "locked": {g.name: g.locked for g in plan.graph.groups if g.locked},
     }
+
+
+def _rehearse(session: Session, settings: Ticket, draws: int) -> None:
+    """All draws in turn from the network as it is, untrained in between. Raises Unsatisfiable where the last cannot meet the budget.
+
+    With layerwise scope the widths are those of the real draws, whatever the scores; with global scope they are near them."""
+    if settings.criterion == "taylor":
+        settings = settings.model_copy(update={"criterion": "l2"})  # gradients of networks that will never be are not worth their price
+    model, before, nth = session.state.model, None, 0
+    while nth < draws:
+        nth, plan = _next(session, settings, nth + 1, draws, before, model)
+        model = compact(model, plan.dropped, session.example()).module
+        dense = before or {"macs": {"dense": plan.dense.macs}, "params": {"dense": plan.dense.params}}
+        before = {**dense, "widths": _widths(before, plan)}
+
+
+def _settle_on_a_number(session: Session, settings: Ticket, search: Search) -> None:
+    """As many draws as can meet the budget from this network; after hours of search is no time to refuse."""
+    asked = search.draws
+    while search.draws > 1:
+        try:
+            _rehearse(session, settings, search.draws)
+            break
+        except Unsatisfiable:
+            search.draws -= 1
+    if search.draws < asked:
+        session.ui.warn(f"{asked} draws from here cannot meet the budget; it is met in {search.draws}")
+
+
+def _next(
+    session: Session, settings: Ticket, nth: int, draws: int, before: dict[str, Any] | None, model: nn.Module | None = None
+) -> tuple[int, TicketPlan]:
+    """The nth draw, or the next one whose share can be had: which it is, and its plan."""
+    while True:
+        try:
+            return nth, _plan(session, settings, nth, draws, before, model)
+        except Unsatisfiable:
+            if nth == draws:
+                raise
+        nth += 1
 
 
 def _together(before: dict[str, Any], plan: TicketPlan, this: dict[str, Any]) -> dict[str, Any]:
@@ -173,13 +209,13 @@ def budget_of(settings: Ticket) -> Budget:
 
 
 def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, Any] | None) -> Budget:
-    """What is to be left of the dense network after the nth draw: the same share of the rest goes each time, roughly.
+    """What is to be left of the dense network after the nth draw: the same share of the rest goes each time.
 
-    Only the last draw has a budget to meet; widths that are multiples from the first draw on leave it multiples to end at."""
+    Only the last draw has the budget to meet; one before it need only come nearer to its share than to the next one's."""
     asked = budget_of(settings)
-    keeps = asked.keeps ** (nth / draws)
+    keeps, then = (asked.keeps ** (n / draws) for n in (nth, nth + 1))
     value = 1 - keeps if asked.metric == "channels" else keeps
-    tolerance = ON_THE_WAY * (1 - keeps) / value if nth < draws else asked.tolerance
+    tolerance = (keeps - then) / 2 / value if nth < draws else asked.tolerance
     if before is None:
         return Budget(asked.metric, value, tolerance=tolerance)
     if asked.metric == "channels":

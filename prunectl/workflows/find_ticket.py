@@ -88,7 +88,8 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
         training_flops={
             "spent": session.spent_flops,
             "dense": dense_flops,
-            "ratio": session.spent_flops / dense_flops if dense_flops else None,
+            "ratio": session.spent_flops / dense_flops if dense_flops and not recipe.start else None,
+            **({"reason": f"what {recipe.start} cost is not known here"} if recipe.start else {}),
         },
         ticket="ticket.json" if ticket else None,
         compact="compact" if ticket else None,

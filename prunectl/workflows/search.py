@@ -70,9 +70,15 @@ class Search:
 
     @property
     def at_once(self) -> bool:
-        """Whether the ticket is that of the network as it was made, before a step of training."""
+        """Whether the ticket is that of the network as it was made or given, before a step of training."""
         deciding = self.watchers[self.deciding]
-        return isinstance(deciding, Epoch) and deciding.at == 0
+        return isinstance(deciding, Epoch) and deciding.at == self.not_before == 0
+
+    @property
+    def drawn(self) -> int:
+        """How many of the draws are behind, those that were left to a later one included."""
+        draws = self.ticket["draws"] if self.ticket else []
+        return int(draws[-1].get("nth", len(draws))) if draws else 0  # a checkpoint of an earlier version has no number
 
     def _probes(self, step: Step) -> bool:
         """Whether this step is one of the epoch's evenly spaced probes; the epoch's last step always is."""
@@ -86,7 +92,7 @@ class Search:
             fires = (due or self._probes(step)) and self.look(session, step)
             return fires and (self.search_only or not last)  # nothing would train what is drawn at the very end
         drawn = self.ticket["draws"]
-        return self._probes(step) and len(drawn) < self.draws and step.done > drawn[-1]["epoch"] + self.draw_every - 1e-9
+        return self._probes(step) and self.drawn < self.draws and step.done > drawn[-1]["epoch"] + self.draw_every - 1e-9
 
     def fit_into(self, session: Session, first: float) -> None:
         """Fewer draws than asked for, where the schedule does not hold them all from `first` on: the budget is met by those."""

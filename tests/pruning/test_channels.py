@@ -85,7 +85,17 @@ def test_without_norms_the_stored_weights_and_biases_are_the_hyperplane() -> Non
     assert c.gammas.shape == (12, 0)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.PReLU(), nn.Hardswish()], ids=lambda a: type(a).__name__)
+LATE = {
+    "relu": nn.ReLU(),
+    "leaky": nn.LeakyReLU(),
+    "prelu": nn.PReLU(),
+    "hardswish": nn.Hardswish(),
+    "tanh": nn.Tanh(),
+    "pooled": nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)),
+}
+
+
+@pytest.mark.parametrize("activation", LATE.values(), ids=LATE)
 def test_a_norm_behind_the_activation_moves_no_boundary(activation: nn.Module) -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 3), activation, nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
     model = randomised(net.append(nn.Flatten()).append(nn.Linear(8, 4)))
