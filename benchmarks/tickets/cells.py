@@ -7,6 +7,7 @@ from benchmarks.cells import Cell
 NETS = ("thin", "wide")
 AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
 HALF = ("--sparsity", "0.5")
+HALFS_MACS = ("--target-macs", "0.253")  # what half of the channels of every layer leaves; half of all channels leaves other MACs
 RIVALS = "benchmarks.tickets.rivals"
 AFTER_TRAINING = "benchmarks.tickets.after_training"
 
@@ -21,8 +22,10 @@ def main_job() -> list[Cell]:
     ]
 
 
-def _ticket(arm: str, *options: str, at: tuple[str, ...] = AT_ONCE, program: str = "prunectl") -> list[Cell]:
-    return [Cell(arm, net, 0, "find-ticket", (*HALF, *at, *options), judged="val", program=program) for net in NETS]
+def _ticket(
+    arm: str, *options: str, at: tuple[str, ...] = AT_ONCE, budget: tuple[str, ...] = HALF, program: str = "prunectl"
+) -> list[Cell]:
+    return [Cell(arm, net, 0, "find-ticket", (*budget, *at, *options), judged="val", program=program) for net in NETS]
 
 
 def _criterion(name: str, *options: str, program: str = "prunectl") -> list[Cell]:
@@ -54,15 +57,15 @@ def criteria() -> list[Cell]:
     ]
     theirs = [
         *_criterion("tp-magnitude", program=RIVALS),
-        *_ticket("tp-lamp-global", "--criterion", "tp-lamp", "--scope", "global", program=RIVALS),
+        *_ticket("tp-lamp-global", "--criterion", "tp-lamp", "--scope", "global", budget=HALFS_MACS, program=RIVALS),
+        *_ticket("tp-magnitude-global", "--criterion", "tp-magnitude", "--scope", "global", budget=HALFS_MACS, program=RIVALS),
     ]
-    theirs += _ticket("tp-magnitude-global", "--criterion", "tp-magnitude", "--scope", "global", program=RIVALS)
     spline = [
         *_ticket("spline-rho-0", "--set", "ticket.rho=0"),
         *_ticket("spline-rho-0.5", "--set", "ticket.rho=0.5"),
         *_ticket("spline-merge", "--merge"),
         *_ticket("spline-bare", "--set", "ticket.repair=none"),
-        *_ticket("spline-global", "--scope", "global"),
+        *_ticket("spline-global", "--scope", "global", budget=HALFS_MACS),
         *_ticket("l2-bare", "--criterion", "l2", "--set", "ticket.repair=none"),
         *_ticket("scratch", "--set", "ticket.weights=reinit"),
         *_ticket("after-training", at=(), program=AFTER_TRAINING),
