@@ -85,7 +85,7 @@ def run(cell: Cell, runs: str, results: Path) -> None:
     kept = {k: v for k, v in result.items() if k not in BULKY}
     kept["run"] = Path(result["run"]).name
     kept.update({k: Path(v).name for k, v in kept.items() if k in ("ticket", "compact", "dense", "saved") and v})
-    if "channel_tickets" in kept:
+    if kept.get("channel_tickets"):
         kept["channel_tickets"] = [t | {"saved": Path(t["saved"]).name} for t in kept["channel_tickets"]]
     if "detectors" in result:
         kept["detectors"] = {name: {"fires_at": d["fires_at"]} for name, d in result["detectors"].items()}
