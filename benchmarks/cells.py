@@ -55,14 +55,18 @@ class Cell:
 Prepare = Callable[[Cell, str], None]  # what a cell's run folder is given before it starts
 
 
+def call(program: str, *words: str) -> dict[str, Any]:
+    """The JSON document that a command prints. Ends this program where it was refused or failed."""
+    done = subprocess.run([sys.executable, "-m", program, *words], stdout=subprocess.PIPE, text=True, check=False)
+    document = dict(json.loads(done.stdout or "{}"))
+    if done.returncode not in (0, 3) or document.get("outcome", "error") == "error":  # 3: no ticket found, a result too
+        sys.exit(f"exit {done.returncode}: {program} {' '.join(words)}")
+    return document
+
+
 def answer(cell: Cell, runs: str, *flags: str) -> dict[str, Any]:
-    """What the cell's command prints, with these flags more. Ends the program where it failed."""
-    program, *arguments = cell.command(runs)
-    done = subprocess.run([sys.executable, "-m", program, *arguments, *flags], stdout=subprocess.PIPE, text=True, check=False)
-    refused = '"outcome": "error"' in done.stdout or not done.stdout
-    if done.returncode not in (0, 3) or refused:  # 3: no ticket found, a result too
-        sys.exit(f"{cell.name}: exit {done.returncode}: {' '.join(cell.command(runs))}")
-    return dict(json.loads(done.stdout))
+    """What the cell's command prints, with these flags more."""
+    return call(*cell.command(runs), *flags)
 
 
 def folder_of(cell: Cell, runs: str) -> Path:

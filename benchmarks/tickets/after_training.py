@@ -6,9 +6,9 @@ at a tenth of the rate. What is printed is the ticket's record, its training FLO
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from typing import Any
+
+from benchmarks.cells import call
 
 SHARE, RATE = 2, 0.01
 
@@ -16,20 +16,13 @@ SHARE, RATE = 2, 0.01
 def main() -> None:
     words = sys.argv[1:]
     first, last = words.index("--sparsity"), words.index("--out")
-    dense = _run("train", *words[1:first], *words[last:])
+    dense = call("prunectl", "train", *words[1:first], *words[last:])
     epochs = int(words[words.index("--epochs") + 1])
     tuned = ("--epochs", str(epochs // SHARE), "--set", f"train.lr={RATE}", "--set", "train.warmup_epochs=0")
-    ticket = _run(*words[:last], *tuned, "--from", dense["run"], "--detector", "epoch:0", *words[last:])
+    ticket = call("prunectl", *words[:last], *tuned, "--from", dense["run"], "--detector", "epoch:0", *words[last:])
     spent, whole = ticket["training_flops"]["spent"] + dense["training_flops"], dense["training_flops"]
     ticket["training_flops"] = {"spent": spent, "dense": whole, "ratio": spent / whole}
     print(json.dumps(ticket))
-
-
-def _run(*words: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-m", "prunectl", *words], stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return dict(json.loads(done.stdout))
 
 
 if __name__ == "__main__":
