@@ -41,7 +41,7 @@ class Data(_Section):
     val_fraction: float | None = Field(
         None, gt=0, lt=1, description="share of training images kept for validation; null: 0.1 (imagenet 0.02)"
     )
-    augment: Literal["none", "crop", "crop-flip", "imagenet"] | None = Field(None, description="null: the data set's own default")
+    augment: Literal["none", "flip", "crop", "crop-flip", "imagenet"] | None = Field(None, description="null: the data set's own default")
     final: Literal["test", "val"] = Field("test", description="images of the final accuracy; val while settings are being chosen")
 
 

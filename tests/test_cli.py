@@ -48,7 +48,7 @@ REFUSED = [
     ((*TRAIN, "--set", "model.width=0"), 2, ["model.width"]),
     ((*TRAIN, "--set", "data.image_size=4"), 2, ["data.image_size"]),
     ((*TRAIN, "--set", "data.train_images=999999"), 2, ["data.train_images", "999999", "9000"]),
-    ((*TRAIN, "--set", "data.augment=flip"), 2, ["data.augment", "flip", "crop-flip"]),
+    ((*TRAIN, "--set", "data.augment=mirror"), 2, ["data.augment", "mirror", "crop-flip"]),
     ((*TRAIN, "--workers", "-1"), 2, ["workers"]),
     ((*TRAIN, "--recipe", "nowhere.yaml"), 2, ["nowhere.yaml", "prunectl list recipes"]),
     ((*TRAIN, "--precision", "bf61"), 2, ["bf61", "bf16"]),

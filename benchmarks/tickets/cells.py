@@ -10,15 +10,32 @@ HALF = ("--sparsity", "0.5")
 HALFS_MACS = ("--target-macs", "0.253")  # what half of the channels of every layer leaves; half of all channels leaves other MACs
 RIVALS = "benchmarks.tickets.rivals"
 AFTER_TRAINING = "benchmarks.tickets.after_training"
+SEEDS = (0, 1, 2)
+PERCENT = (30, 50, 70)  # of the channels removed
+BEST = {"thin": ("taylor", "l2", "fpgm"), "wide": ("taylor", "l2", "fpgm")}  # three rivals ahead on validation in `criteria`
 
 
-def main_job() -> list[Cell]:
-    """Dense and default ticket at 50 % of the channels, three seeds, test accuracy."""
+def rivals() -> list[Cell]:
+    """The default against the best rivals of `criteria` at three sparsities, drawn at one moment, beside dense; test accuracy."""
+    dense = [Cell("dense", net, seed, "train") for net in NETS for seed in SEEDS]
+    return [*dense, *(cell for percent in PERCENT for seed in SEEDS for net in NETS for cell in _at(percent, net, seed))]
+
+
+def _at(percent: int, net: str, seed: int) -> list[Cell]:
+    removed = ("--sparsity", f"{percent / 100:g}")
+    ranked = [("default", removed, "prunectl"), *((name, (*removed, "--criterion", name), "prunectl") for name in (*BEST[net], "random"))]
+    ranked.append(("tp-magnitude", (*removed, "--criterion", "tp-magnitude"), RIVALS))
+    return [Cell(f"{name}-{percent}", net, seed, "find-ticket", options, program=program) for name, options, program in ranked]
+
+
+def defaults() -> list[Cell]:
+    """What the default might be, three seeds, validation only."""
     return [
-        cell
+        Cell(f"{name}-{percent}", net, seed, "find-ticket", ("--sparsity", f"{percent / 100:g}", *options), judged="val")
+        for percent in (50, 70)
         for net in NETS
-        for seed in (0, 1, 2)
-        for cell in (Cell("dense", net, seed, "train"), Cell("default50", net, seed, "find-ticket", HALF))
+        for seed in SEEDS
+        for name, options in (("default", ()), ("rewarm", ("--set", "ticket.rewarm_epochs=1")))
     ]
 
 
@@ -79,7 +96,7 @@ def goal() -> list[Cell]:
     return [
         cell
         for net in ("wide", "wider")
-        for seed in (0, 1, 2)
+        for seed in SEEDS
         for cell in (
             Cell("dense", net, seed, "train", judged="val"),
             Cell("fifth-of-flops", net, seed, "find-ticket", fifth, judged="val"),
@@ -89,7 +106,7 @@ def goal() -> list[Cell]:
 
 def full() -> list[Cell]:
     """The default once on all 60,000 images at full width, beside dense."""
-    return [Cell("dense", "full", 0, "train"), Cell("default50", "full", 0, "find-ticket", HALF)]
+    return [Cell("dense", "full", 0, "train"), Cell("default-50", "full", 0, "find-ticket", HALF)]
 
 
-STAGES = {"main-job": main_job, "draws": draws, "criteria": criteria, "goal": goal, "full": full}
+STAGES = {"rivals": rivals, "defaults": defaults, "draws": draws, "criteria": criteria, "goal": goal, "full": full}

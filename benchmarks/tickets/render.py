@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import EPOCHS, NETS, TRAIN_IMAGES, digest_of, mean_sd, publish, read
+from benchmarks.tickets.cells import PERCENT
 
 RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[2] / "docs" / "evidence" / "tickets.md"
 Seeds = dict[int, dict[str, Any]]  # seed -> result
-HEAD = "| arm | seeds | accuracy | paired difference | right after the draw | drawn after epochs | MACs | parameters | training FLOPs |"
+WALL = Path(__file__).with_name("wall.json")
+HEAD = (
+    "| arm | seeds | accuracy | to dense | to the default | right after the draw | drawn after epochs | MACs | parameters "
+    "| training FLOPs | wall time |"
+)
 
 
 def cells() -> dict[tuple[str, str], dict[str, Seeds]]:
@@ -27,21 +33,47 @@ def accuracy(result: dict[str, Any]) -> float:
     return float(result["accuracy"]["top1"] if result["verb"] == "train" else result["accuracy"]["final"])
 
 
-def row(arm: str, seeds: Seeds, dense: Seeds) -> str:
+def mean_of(seeds: Seeds) -> float:
+    return statistics.mean(map(accuracy, seeds.values()))
+
+
+def paired(seeds: Seeds, others: Seeds) -> str:
+    """Mean and sd of the differences of one seed each."""
+    return mean_sd([accuracy(r) - accuracy(others[s]) for s, r in seeds.items() if s in others], sign=True)
+
+
+def share_of(arm: str) -> str:
+    """`50` of `l2-50`: the per cent of channels removed, of arms that stand at several."""
+    share = arm.rpartition("-")[2]
+    return share if share in map(str, PERCENT) else ""
+
+
+def wall(net: str, arm: str, results: list[dict[str, Any]]) -> str:
+    """Time of the whole training, of dense: dense steps before the draw, the ticket's after it."""
+    steps = json.loads(WALL.read_text(encoding="utf-8"))["step_time_of_dense"] if WALL.is_file() else {}
+    if share_of(arm) not in steps.get(net, {}):
+        return "-"
+    after = steps[net][share_of(arm)]
+    return f"{statistics.mean((r['found_epoch'] + (EPOCHS - r['found_epoch']) * after) / EPOCHS for r in results):.2f}"
+
+
+def row(net: str, arm: str, arms: dict[str, Seeds]) -> str:
+    seeds, default = arms[arm], arms.get(f"default-{share_of(arm)}", {})
     results = list(seeds.values())
-    pairs = [accuracy(r) - accuracy(dense[s]) for s, r in seeds.items() if s in dense]
     ticket = results[0]["verb"] == "find-ticket"
     macs, params = (results[0]["macs"]["ticket"], results[0]["params"]["ticket"]) if ticket else (results[0]["macs"], results[0]["params"])
     shown = [
         arm,
         str(len(seeds)),
         mean_sd([accuracy(r) for r in results]),
-        mean_sd(pairs, sign=True) if ticket else "-",
+        paired(seeds, arms.get("dense", {})) if ticket else "-",
+        paired(seeds, default) if default is not seeds else "-",
         mean_sd([r["accuracy"]["bn_recalibrated"] for r in results]) if ticket else "-",
         ", ".join(f"{r['found_epoch']:g}" for r in results) if ticket else "-",
         f"{macs / 1e6:.2f} M",
         f"{params / 1e3:.1f} k",
         f"{statistics.mean(r['training_flops']['ratio'] for r in results):.3f}" if ticket else "1.000",
+        wall(net, arm, results) if ticket else "1.00",
     ]
     return "| " + " | ".join(shown) + " |"
 
@@ -54,18 +86,19 @@ def text() -> str:
         "the command that made it. Do not edit.",
         "",
         f"{TRAIN_IMAGES:,} stratified training images (6,000 more carved for validation before that), {EPOCHS} epochs, cosine schedule,",
-        "batch 128. Accuracy in percent, mean ± sd over seeds; the difference to dense is paired by seed. Test: the full 10,000-image",
-        "test set, read once at the end. Validation: the 6,000 images that arms and settings are chosen on, one seed, so differences",
-        "below about half a point are noise. Training FLOPs are spent / dense, search and probes included. Wall times are not read",
-        "from these cells: they ran beside other work. What each arm is: benchmarks/tickets/cells.py.",
+        "batch 128. Accuracy in percent, mean ± sd over seeds; differences, to dense and to the default at the same sparsity (the number",
+        "behind an arm's name: per cent of the channels removed), are paired by seed. Test: the full 10,000-image test set, read once",
+        "at the end. Validation: the 6,000 images that arms and settings are chosen on; with one seed, differences below about half",
+        "a point are noise. Training FLOPs are spent / dense, search and probes included. Wall time, of dense, is reckoned from step times",
+        "measured apart (`python -m benchmarks.tickets.wall`) and the epoch of the draw; these cells ran beside other work. What each",
+        "arm is: benchmarks/tickets/cells.py.",
         "",
         "![distances of the detectors by epoch](tickets.png)",
     ]
     for (net, judged), arms in sorted(cells().items()):
         name, width = NETS[net]
-        lines += ["", f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}", "", HEAD, "|---" * 9 + "|"]
-        ordered = sorted(arms.items(), key=lambda a: (a[0] != "dense", -accuracy(next(iter(a[1].values())))))
-        lines += [row(arm, seeds, arms.get("dense", {})) for arm, seeds in ordered]
+        lines += ["", f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}", "", HEAD, "|---" * 11 + "|"]
+        lines += [row(net, arm, arms) for arm in sorted(arms, key=lambda a: (a != "dense", share_of(a), -mean_of(arms[a])))]
     return "\n".join(lines) + "\n"
 
 
@@ -75,7 +108,7 @@ def curves() -> dict[str, list[list[float]]]:
     for record in read(RESULTS):
         result = record["result"]
         named = result.get("curves") or {"spline": result.get("curve") or []}
-        if record["arm"] in ("default50", "detector-spline", "epoch-8") and record["seed"] == 0:
+        if record["arm"] in ("default-50", "detector-spline", "epoch-8") and record["seed"] == 0:
             found.update(
                 {f"{record['net']}, {record['arm']}: {name}": [p for p in points if p[1] is not None] for name, points in named.items()}
             )

@@ -53,7 +53,7 @@ class DatasetInfo:
 class Augmentation:
     """How the training images of one epoch are changed; each image's share of chance hangs on its position alone."""
 
-    policy: str  # none, crop, crop-flip, imagenet
+    policy: str  # none, flip, crop, crop-flip, imagenet
     seed: int
     epoch: int
 

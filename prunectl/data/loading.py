@@ -21,7 +21,7 @@ from prunectl.data.workers import WorkerStream, default_workers
 from prunectl.errors import DataMissing, UnknownName, UsageError
 from prunectl.registry import canonical
 
-POLICIES = ("none", "crop", "crop-flip", "imagenet")
+POLICIES = ("none", "flip", "crop", "crop-flip", "imagenet")
 FITS = ("pad", "resize")
 
 
@@ -62,7 +62,7 @@ def load(
     data_dir: where it lies, else $PRUNECTL_DATA, else ~/.cache/prunectl. image_size: what the network wants, else the
     images' own; `fit` brings them to it by `pad` (black border) or `resize`; photos are resized and cropped either way.
     val_fraction: of every class of the training images, by default 0.1 (imagenet 0.02); folders may have their own val. train_images: train
-    on a stratified part of this size. augment: none, crop, crop-flip or imagenet, by default what is usual for the set.
+    on a stratified part of this size. augment: none, flip, crop, crop-flip or imagenet, by default what is usual for the set.
     workers: processes that read image files (0: none). Raises UnknownName, UsageError or DataMissing."""
     source = _source(name_or_folder, data_dir)
     policy = _choice("augmentation", augment if augment is not None else source.augment, POLICIES)

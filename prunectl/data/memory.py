@@ -25,18 +25,19 @@ class MemoryPool:
 def crop_flip(images: Pixels, index: Index, augmentation: Augmentation | None) -> Pixels:
     """The images (N, C, S, S) of the pool's positions `index`, shifted by up to S/8 pixels and mirrored half the time.
 
-    The standard CIFAR augmentation (He et al., CVPR 2016, Sec. 4.2: 4 pixels at 32), `crop` without the mirror.
+    The standard CIFAR augmentation (He et al., CVPR 2016, Sec. 4.2: 4 pixels at 32); `crop` only shifts, `flip` only mirrors.
     Raises UsageError for `imagenet`, which needs photos larger than what the network sees."""
     if augmentation is None or augmentation.policy == "none":
         return images
     if augmentation.policy == "imagenet":
-        raise UsageError("data.augment = imagenet needs a data set of photos: use crop-flip, crop or none.")
+        raise UsageError("data.augment = imagenet needs a data set of photos: use crop-flip, crop, flip or none.")
     key = (augmentation.seed, augmentation.epoch)
-    padding = (images.shape[-1] + 4) // 8
-    dy = integers((Stream.SHIFT_Y, *key), index, 2 * padding + 1)
-    dx = integers((Stream.SHIFT_X, *key), index, 2 * padding + 1)
-    moved = shifted(images, dy, dx, padding)
-    return moved if augmentation.policy == "crop" else mirrored(moved, uniforms((Stream.FLIP, *key), index) < 0.5)
+    if "crop" in augmentation.policy:
+        padding = (images.shape[-1] + 4) // 8
+        dy = integers((Stream.SHIFT_Y, *key), index, 2 * padding + 1)
+        dx = integers((Stream.SHIFT_X, *key), index, 2 * padding + 1)
+        images = shifted(images, dy, dx, padding)
+    return mirrored(images, uniforms((Stream.FLIP, *key), index) < 0.5) if "flip" in augmentation.policy else images
 
 
 def in_process(view: View, requests: Sequence[Request]) -> Iterator[Batch]:

@@ -56,6 +56,8 @@ def test_crop_flip_uses_every_shift_up_to_an_eighth_and_half_the_flips():
     only_crop = crop_flip(ramp.copy(), index, Augmentation("crop", 0, 1))
     flipped = uniforms((Stream.FLIP, 0, 1), index) < 0.5
     assert np.array_equal(only_crop[~flipped], out[~flipped]) and np.array_equal(only_crop[flipped][..., ::-1], out[flipped])
+    only_flip = crop_flip(ramp.copy(), index, Augmentation("flip", 0, 1))
+    assert np.array_equal(only_flip[~flipped], ramp[~flipped]) and np.array_equal(only_flip[flipped], ramp[flipped][..., ::-1])
 
 
 def test_pad_adds_black_and_keeps_every_pixel():
