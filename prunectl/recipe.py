@@ -76,6 +76,9 @@ class Ticket(_Section):
     criterion: str = "spline"
     rho: float = Field(0.05, ge=0, description="weight of the bias term of the spline criterion")
     scope: Literal["layerwise", "global"] = "layerwise"
+    pooling: Literal["raw", "mean", "macs"] = Field(
+        "raw", description="global scope compares scores as they are, over their layer's mean, or per MAC that a channel costs"
+    )
     repair: Literal["none", "merge", "reconstruct"] = Field(
         "reconstruct", description="what stands in for removed channels: near-copies (merge), or a fitted mix of all that stay"
     )

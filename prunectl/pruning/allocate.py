@@ -33,6 +33,9 @@ def prunable(graph: Graph, keep: str | None = None, *, began: Mapping[str, int] 
         protected = re.compile(keep) if keep else None
     except re.error as e:
         raise UsageError(f"--keep '{keep}' is no regular expression: {e}") from None
+    if protected and not any(protected.search(p) for g in graph.groups for p in g.producers):
+        named = ", ".join([p for g in graph.groups for p in g.producers][:3])
+        raise UsageError(f"--keep '{keep}' matches no layer of this network; its layers are named like {named} (capital letters count).")
     floors = {g.name: floor_of((began or {}).get(g.name, g.channels)) for g in graph.groups}
     found = {
         g.name: g.channels
@@ -62,7 +65,7 @@ def globally(
 ) -> dict[str, list[int]]:
     """Dropped channels when the share `sparsity` with the lowest scores of all groups goes, floors and rounding kept.
 
-    The groups' scores are compared as they are."""
+    The groups' scores are compared as they are given."""
     least = floors or {name: floor_of(len(s)) for name, s in scores.items()}
     pooled = torch.cat([s.double() for s in scores.values()])
     owner = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores.values())])

@@ -22,7 +22,7 @@ from prunectl.registry import Registry
 
 detectors = Registry("detector", "pruning/detectors.py")
 CODES = {"relu": activation_code, "bn": norm_code}
-MIN_ALIVE = 0.01  # below this share of units that tell probe images apart, a network counts as dead
+MIN_ALIVE = 0.01  # below this share of last-layer units that tell probe images apart, a network counts as dead
 
 
 @dataclass(frozen=True)

@@ -59,14 +59,13 @@ class ActivationCode:
 
     @property
     def alive(self) -> float:
-        """Share of units whose bit is not the same for every probe image: 0 for a dead network."""
-        varying = total = 0
-        for c in self.layers:
-            bits = c.bits.numpy()
-            moved = np.bitwise_or.reduce(bits ^ bits[:1], axis=0)
-            varying += int(np.bitwise_count(moved).sum())
-            total += c.units
-        return varying / max(1, total)
+        """Share of the last layer's units whose bit is not the same for every probe image: 0 for a dead network.
+
+        The last layer, because nothing varies behind a dead one but what passes it on a shortcut."""
+        last = self.layers[-1]
+        bits = last.bits.numpy()
+        moved = np.bitwise_or.reduce(bits ^ bits[:1], axis=0)
+        return int(np.bitwise_count(moved).sum()) / max(1, last.units)
 
 
 def to_tensors(codes: Iterable[ActivationCode]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from prunectl.pruning.budget import Budget, CostModel, meet
 from prunectl.pruning.channels import describe
 from prunectl.pruning.cost import Cost, count
 from prunectl.pruning.criteria import criteria
-from prunectl.pruning.surgery import Graph, analyse
+from prunectl.pruning.surgery import Graph, Group, analyse
 
 AUTO_ROUNDS = (8, 4, 2, 1)  # engines pad widths to multiples of 8; finer only where the budget needs it
 SCOPES = {"layerwise": allocate.layerwise, "global": allocate.globally}
@@ -24,10 +24,12 @@ SCOPES = {"layerwise": allocate.layerwise, "global": allocate.globally}
 class TicketPlan:
     """`dropped` channels of each group, and what it will cost; widths: group -> channels before and after.
 
-    exact: the cost before rounding to `round_to`, for the reader to see what rounding changed."""
+    kept: group -> why none of its channels may go. exact: the cost before rounding to `round_to`, for the reader to see what
+    rounding changed."""
 
     dropped: dict[str, list[int]]
     widths: dict[str, tuple[int, int]]
+    kept: dict[str, str]
     dense: Cost
     cost: Cost
     exact: Cost
@@ -46,6 +48,7 @@ class TicketPlan:
             "round_to": self.round_to,
             "channels_removed": self.channels_removed,
             "widths": {name: list(pair) for name, pair in self.widths.items()},
+            "kept": self.kept,
             "unrounded": {"params": self.exact.params, "macs": self.exact.macs},
             "dropped": self.dropped,
         }
@@ -58,6 +61,7 @@ def plan_ticket(
     budget: Budget,
     criterion: str = "spline",
     scope: str = "layerwise",
+    pooling: str = "raw",
     round_to: int | None = None,
     keep: str | None = None,
     rho: float = 0.05,
@@ -67,9 +71,9 @@ def plan_ticket(
 ) -> TicketPlan:
     """The plan that meets `budget` on `model` as it is now; the model is left alone.
 
-    example: (1, C, H, W). round_to: a multiple for every width, None for the coarsest of 8, 4, 2, 1 that meets the budget.
-    began: group -> channels before earlier prunings, which floors are a share of. Raises Unsatisfiable when nothing can go or
-    the budget cannot be met."""
+    example: (1, C, H, W). pooling: what makes scores of different layers comparable under global scope. round_to: a multiple
+    for every width, None for the coarsest of 8, 4, 2, 1 that meets the budget. began: group -> channels before earlier
+    prunings, which floors are a share of. Raises Unsatisfiable when nothing can go or the budget cannot be met."""
     graph = analyse(model, example)
     free = allocate.prunable(graph, keep, began=began)
     views = describe(model, graph, rho=rho, seed=seed, gradients=gradients)
@@ -85,8 +89,10 @@ def plan_ticket(
             return 1 - (budget.gone + sum(dropped.values())) / (budget.whole or total)
         return float(getattr(costs.predict(dropped), budget.metric) / (budget.whole or getattr(dense, budget.metric)))
 
+    comparable = {name: s / _unit(pooling, s, dense.macs - costs.predict({name: 1}).macs) for name, s in scores.items()}
+
     def allocation(sparsity: float, multiple: int) -> dict[str, list[int]]:
-        return SCOPES[scope](scores, sparsity=sparsity, round_to=multiple, floors=floors)
+        return SCOPES[scope](comparable, sparsity=sparsity, round_to=multiple, floors=floors)
 
     rounds = AUTO_ROUNDS if round_to is None else (round_to,)
     dropped, used = meet(allocation, order, share, budget=budget, rounds=rounds, floors=floors)
@@ -97,6 +103,7 @@ def plan_ticket(
     return TicketPlan(
         dropped={name: channels for name, channels in dropped.items() if channels},
         widths={name: (width, width - len(dropped[name])) for name, width in free.items()},
+        kept={g.name: g.locked or _reason(g, began or {}, keep) for g in graph.groups if g.name not in free},
         dense=dense,
         cost=costs.predict({name: len(channels) for name, channels in dropped.items()}),
         exact=costs.predict({name: len(channels) for name, channels in unrounded.items()}),
@@ -104,6 +111,16 @@ def plan_ticket(
         budget=budget,
         graph=graph,
     )
+
+
+def _unit(pooling: str, scores: Tensor, macs: int) -> float:
+    """What a layer's scores are counted in. macs: those that one of its channels costs, with everything that reads it."""
+    return {"raw": 1.0, "mean": float(scores.double().mean()) or 1.0, "macs": float(macs) or 1.0}[pooling]
+
+
+def _reason(group: Group, began: Mapping[str, int], keep: str | None) -> str:
+    floor = allocate.floor_of(began.get(group.name, group.channels))
+    return f"it has no more than the {floor} channels that stay in any case" if group.channels <= floor else f"--keep '{keep}' protects it"
 
 
 def composed(first: Mapping[str, list[int]], then: Mapping[str, list[int]], widths: Mapping[str, int]) -> dict[str, list[int]]:

@@ -23,9 +23,10 @@ from prunectl.pruning.surgery import Compacted, carry, compact, replay
 from prunectl.pruning.ticket import TicketPlan, check_against_plan, composed, plan_ticket
 from prunectl.recipe import Ticket
 from prunectl.training.gradients import mean_gradients
+from prunectl.training.loop import TrainState
 from prunectl.training.optimizers import momentum_of, set_momentum
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Session, adopt, reset_average, teach
+from prunectl.workflows.session import Session, adopt, averaged, reset_average, teach
 
 GRADIENT_BATCHES = 20
 RECALIBRATION_BATCH = 100
@@ -49,9 +50,10 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     if before is None:
         search.fit_into(session, epoch)
         _settle_on_a_number(session, settings, search)
-    at_draw = session.accuracy("val", dense).top1
+    at_draw = session.accuracy("val").top1
     if before is None:
-        session.write_model("dense", dense)
+        with averaged(session.state):
+            session.write_model("dense", dense)
     dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
     nth, plan = _next(session, settings, search.drawn + 1, search.draws, before)
     if settings.criterion == "taylor":
@@ -61,6 +63,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
     momentum = carry(momentum_of(dense, session.state.optimizer), small.index)
+    lag = carry(_lag(session.state), small.index) if settings.weights == "inherit" else {}
     weights = _chosen_weights(session, settings, search, plan, small)
     session.steps = [*session.steps, {"dropped": plan.dropped, "epoch": epoch, "criterion": settings.criterion}]
     if session.recipe.train.distill and before is None:
@@ -70,15 +73,17 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         set_momentum(session.state.model, session.state.optimizer, momentum)
     raw = session.accuracy("val", session.state.model).top1
     recalibrated = _recalibrate(session, settings)
-    reset_average(session)
+    if session.state.average is not None:
+        recalibrated = _average_goes_on(session, settings, lag)
+    what = f"ticket drawn after {epoch:g} epochs by {search.deciding}" if before is None else f"ticket cut further after {epoch:g} epochs"
     step = f", step {nth} of {search.draws}" if search.draws > 1 else ""
     session.ui.say(
-        f"ticket drawn after {epoch:g} epochs by {search.deciding}{step}: {100 * plan.channels_removed:.0f} % of the channels go, "
+        f"{what}{step}: {100 * plan.channels_removed:.0f} % of the {'' if before is None else 'remaining '}channels go, "
         f"MACs {si(plan.dense.macs)} -> {si(counted.macs)}; "
-        f"validation {at_draw:.2f} % dense, {raw:.2f} % pruned, {recalibrated:.2f} % re-calibrated"
+        f"validation {at_draw:.2f} % {'dense' if before is None else 'before'}, {raw:.2f} % pruned, {recalibrated:.2f} % re-calibrated"
     )
-    accuracy = {"dense_at_draw": at_draw, "raw": raw, "bn_recalibrated": recalibrated}
-    this = {"nth": nth, "epoch": epoch, "macs": counted.macs, "params": counted.params, "accuracy": accuracy}
+    after = {"raw": raw, "bn_recalibrated": recalibrated}
+    this = {"nth": nth, "epoch": epoch, "macs": counted.macs, "params": counted.params, "accuracy": {"before": at_draw, **after}}
     if before:
         return _together(before, plan, this)
     return {
@@ -91,10 +96,10 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         **plan.to_dict(),
         "params": {"dense": plan.dense.params, "ticket": counted.params},
         "macs": {"dense": plan.dense.macs, "ticket": counted.macs},
-        "accuracy": accuracy,
+        "accuracy": {"dense_at_draw": at_draw, **after},
         "draws": [this],
         "members": {g.name: [m.layer for m in g.members] for g in plan.graph.groups},
-        "locked": {g.name: g.locked for g in plan.graph.groups if g.locked},
+        "producers": {g.name: list(g.producers) for g in plan.graph.groups},
     }
 
 
@@ -151,7 +156,7 @@ def _together(before: dict[str, Any], plan: TicketPlan, this: dict[str, Any]) ->
         "dropped": dropped,
         "params": {**before["params"], "ticket": this["params"]},
         "macs": {**before["macs"], "ticket": this["macs"]},
-        "accuracy": {**this["accuracy"], "dense_at_draw": before["accuracy"]["dense_at_draw"]},
+        "accuracy": {"dense_at_draw": before["accuracy"]["dense_at_draw"], **{k: this["accuracy"][k] for k in ("raw", "bn_recalibrated")}},
         "draws": [*before["draws"], this],
     }
 
@@ -191,6 +196,7 @@ def _plan(
         budget=_budget_of_step(settings, draws, nth, before),
         criterion=settings.criterion,
         scope=settings.scope,
+        pooling=settings.pooling,
         round_to=None if settings.round_to == "auto" else int(settings.round_to),
         keep=settings.keep,
         rho=settings.rho,
@@ -223,6 +229,22 @@ def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, An
         whole, gone = sum(b for b, _ in widths), sum(b - a for b, a in widths)
         return Budget("channels", value, whole=whole, gone=gone, tolerance=tolerance)
     return Budget(asked.metric, value, whole=before[asked.metric]["dense"], tolerance=tolerance)
+
+
+def _average_goes_on(session: Session, settings: Ticket, lag: dict[str, Tensor]) -> float:
+    """The average of the small network's weights, as far from them as it was, with statistics of its own; its validation accuracy."""
+    reset_average(session)
+    for name, behind in lag.items():
+        (session.state.average or {})[name] += behind
+    with averaged(session.state):
+        recalibrated = _recalibrate(session, settings)
+        reset_average(session)
+    return recalibrated
+
+
+def _lag(state: TrainState) -> dict[str, Tensor]:
+    """How far the average of the weights is from them, where one is kept: what the small network's average begins with."""
+    return {name: state.average[name] - w.detach() for name, w in state.model.named_parameters()} if state.average else {}
 
 
 def _chosen_weights(session: Session, settings: Ticket, search: Search, plan: TicketPlan, small: Compacted) -> nn.Module:

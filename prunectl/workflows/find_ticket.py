@@ -29,6 +29,7 @@ def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | No
         preflight(session, settings)
         search = Search.of(session, settings)
         if enter(session, search) and search.at_once:
+            search.fires_at[search.deciding] = 0.0
             search.ticket = draw(session, settings, search, 0.0)
         if search.ticket and settings.search_only:
             return _finish(session, settings, search)
@@ -70,6 +71,9 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
     if ticket and dist.rank() == 0:
         write_json(run.ticket, ticket)
     deciding = search.record()[search.deciding]["distances"]
+    unknown = f"what {recipe.start} cost is not known here" if recipe.start else None
+    if ticket and settings.search_only:
+        unknown = "--search-only ends at the draw; the ticket's own training is not in it"
     return session.result(
         "found" if ticket else "not-found",
         found_epoch=ticket["epoch"] if ticket else None,
@@ -81,20 +85,27 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
             "final_top5": final.top5 if final else None,
             "split": recipe.data.final,
             **({} if final else {"final_reason": "--search-only ends at the draw; go on with prunectl train --from this run"}),
-            **({} if ticket else {"reason": f"the {search.deciding} detector did not fire in {recipe.train.epochs} epochs"}),
+            **({} if ticket else {"reason": _why_none(session, search)}),
         },
         params=ticket["params"] if ticket else {"dense": params, "ticket": None},
         macs=ticket["macs"] if ticket else {"dense": session.macs, "ticket": None},
         training_flops={
             "spent": session.spent_flops,
             "dense": dense_flops,
-            "ratio": session.spent_flops / dense_flops if dense_flops and not recipe.start else None,
-            **({"reason": f"what {recipe.start} cost is not known here"} if recipe.start else {}),
+            "ratio": session.spent_flops / dense_flops if dense_flops and not unknown else None,
+            **({"reason": unknown} if unknown else {}),
         },
         ticket="ticket.json" if ticket else None,
         compact="compact" if ticket else None,
         dense="dense",
     )
+
+
+def _why_none(session: Session, search: Search) -> str:
+    epochs = session.recipe.train.epochs
+    if search.deciding in search.fires_at:
+        return f"the {search.deciding} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket"
+    return f"the {search.deciding} detector did not fire in {epochs} epochs"
 
 
 def _write_search(session: Session, search: Search) -> None:

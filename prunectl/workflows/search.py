@@ -27,13 +27,15 @@ DEFAULT_SPARSITY = 0.5  # of the mask detectors, when the budget is not a share 
 class Search:
     """Detectors by name, what each has read, and after which epochs each fired first.
 
-    `rewind`: weights of the epoch that --weights rewind:E names. `ticket`: the record of the drawn ticket, once drawn."""
+    `rewind`: weights of the epoch that --weights rewind:E names. `ticket`: the record of the drawn ticket, once drawn.
+    warm_up: epochs of a rising rate, in which a partition that hardly moves has not settled but not begun."""
 
     deciding: str
     watchers: dict[str, Detector]
     probe: Tensor
     per_epoch: int
     not_before: float = 0.0
+    warm_up: float = 0.0
     trail: Trail = field(default_factory=Trail)
     draws: int = 1
     draw_every: float = 1.0
@@ -55,6 +57,7 @@ class Search:
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         search.search_only = ticket.search_only
+        search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
         try:
             watchers["spline"].observe(0.0, session.state.model, search.probe[:1])
         except UsageError:
@@ -91,15 +94,25 @@ class Search:
             due = isinstance(deciding, Epoch) and step.done > max(deciding.at, self.not_before) - 1e-9  # probe or not
             fires = (due or self._probes(step)) and self.look(session, step)
             return fires and (self.search_only or not last)  # nothing would train what is drawn at the very end
-        drawn = self.ticket["draws"]
-        return self._probes(step) and self.drawn < self.draws and step.done > drawn[-1]["epoch"] + self.draw_every - 1e-9
+        soonest = self._next_draw(self.ticket["draws"][-1]["epoch"], step.of_epoch)
+        return self.drawn < self.draws and soonest <= round(step.done * step.of_epoch) and not last
+
+    def _next_draw(self, epoch: float, of_epoch: int) -> int:
+        """The step, counted from the start, of the probe that is `draw_every` after the draw at `epoch`.
+
+        Probe k is taken at step ceil(k of_epoch / per_epoch); so planned and real draws fall on the same steps."""
+        step = round(epoch * of_epoch)
+        probe = step * self.per_epoch // of_epoch  # the last one so far
+        between = -(-probe * of_epoch // self.per_epoch) < step
+        return -(-(probe + between + max(1, math.ceil(self.draw_every * self.per_epoch - 1e-9))) * of_epoch // self.per_epoch)
 
     def fit_into(self, session: Session, first: float) -> None:
         """Fewer draws than asked for, where the schedule does not hold them all from `first` on: the budget is met by those."""
-        room, at = 0, first
-        while room < self.draws and at < session.recipe.train.epochs - 1e-9:
+        of_epoch = session.batches[0]
+        room, step = 0, round(first * of_epoch)
+        while room < self.draws and step < session.recipe.train.epochs * of_epoch:
             room += 1
-            at = math.ceil((at + self.draw_every) * self.per_epoch - 1e-9) / self.per_epoch  # the first probe when it is due
+            step = self._next_draw(step / of_epoch, of_epoch)
         if 0 < room < self.draws:
             session.ui.warn(f"the schedule holds {room} of {self.draws} draws from epoch {first:g} on: the budget is met in {room}")
             self.draws = room
@@ -107,7 +120,7 @@ class Search:
     def look(self, session: Session, step: Step) -> bool:
         """One probe of the network by every detector; True when the deciding one fires.
 
-        The masks change from epoch to epoch, so their detectors look once an epoch unless they decide."""
+        The masks change from epoch to epoch, and their windows count epochs: their detectors look once an epoch."""
         model = session.state.model
         dist.from_rank_0(model)  # ranks whose batch-norm statistics differ would not draw the same ticket, nor together
         if step.summary and step.summary.epoch == self.not_before:
@@ -116,16 +129,16 @@ class Search:
         fires = False
         with session.place.autocast():
             for name, watcher in self.watchers.items():
-                if name in ("early-bird", "epi") and name != self.deciding and not step.summary:
+                if name in ("early-bird", "epi") and not step.summary:
                     continue
                 reading = watcher.observe(round(step.done, 6), model, self.probe)
                 images += len(self.probe) if name == "spline" else 0
                 self.readings[name].append(reading)
                 if isinstance(watcher, Spline):
                     self.trail.add(reading.epoch, watcher.past[-1])
-                if reading.fires and step.done >= self.not_before:
+                if reading.fires and (isinstance(watcher, Epoch) or step.done > self.warm_up - 1e-9):
                     self.fires_at.setdefault(name, reading.epoch)
-                    fires = fires or name == self.deciding
+                    fires = fires or (name == self.deciding and step.done > self.not_before - 1e-9)
         session.spent_flops += cost.forward_flops(session.macs, images)
         return dist.told(fires)
 

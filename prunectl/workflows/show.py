@@ -59,26 +59,32 @@ def _exports(folder: Path) -> list[dict[str, Any]]:
 def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
     run = RunDir(path)
     if not run.ticket.is_file():
-        raise UsageError(f"--why needs a finished find-ticket run; {path} has no ticket.json")
+        none = run.finished and run.read_result().get("outcome") == "not-found"
+        found = "that run found no ticket, so every layer kept its width" if none else f"{path} has no ticket.json"
+        raise UsageError(f"--why needs a finished find-ticket run; {found}")
     ticket = read_json(run.ticket)
     groups = {name: members for name, members in ticket["members"].items() if layer in members}
     if not groups:
         raise UnknownName("layer", layer, sorted({m for members in ticket["members"].values() for m in members}))
     answers = []
     for name, members in groups.items():
-        width = ticket["widths"].get(name)
-        others = [m for m in members if m != layer]
-        if name in ticket["locked"]:
-            text = f"channels of {name} stay whole: {ticket['locked'][name]}"
-        elif width is None:
-            text = f"channels of {name} stay whole: at their floor, or protected by --keep"
-        else:
-            dropped = ticket["dropped"].get(name, [])
-            others_too = ", ".join(others) or "no other layer"
-            text = (
-                f"channels of {name}: {width[0]} -> {width[1]} by criterion {ticket['criterion']} ({ticket['scope']}, "
-                f"widths in multiples of {ticket['round_to']}); dropped {dropped or 'none'}; the same channels go from {others_too}"
-            )
+        text, width, dropped = _reason(ticket, name, layer), ticket["widths"].get(name), ticket["dropped"].get(name, [])
         ui.say(text)
-        answers.append({"group": name, "width": width, "members": members, "dropped": ticket["dropped"].get(name, []), "text": text})
+        answers.append({"group": name, "width": width, "members": members, "dropped": dropped, "text": text})
     return {"schema": 1, "verb": "show", "outcome": "explained", "path": str(path), "layer": layer, "groups": answers}
+
+
+def _reason(ticket: dict[str, Any], group: str, layer: str) -> str:
+    """What happened to the channels of `group`, and what `layer` has to do with them."""
+    writers = ticket.get("producers", {}).get(group, [group])  # tickets of earlier versions name no producers
+    readers = [m for m in dict.fromkeys(ticket["members"][group]) if ticket["members"][group].count(m) > writers.count(m)]
+    sides = " and ".join(side for side, layers in (("outputs", writers), ("inputs", readers)) if layer in layers)
+    head = f"{sides} of {layer} (channels of {group})"
+    if group not in ticket["widths"]:
+        return f"{head} stay whole: {ticket.get('kept', {}).get(group, 'protected, or at their floor')}"
+    before, after = ticket["widths"][group]
+    dropped = ticket["dropped"].get(group, [])
+    return (
+        f"{head}: {before} -> {after} by criterion {ticket['criterion']} ({ticket['scope']}, widths in multiples of "
+        f"{ticket['round_to']}); dropped {dropped or 'none'}; written by {', '.join(writers)}; read by {', '.join(readers) or 'none'}"
+    )

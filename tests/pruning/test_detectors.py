@@ -110,6 +110,16 @@ def test_a_dead_or_constant_network_does_not_fire(name: str, value: float) -> No
         assert not any(r.fires for r in readings[len(before) :])
 
 
+@pytest.mark.parametrize("norm", [1, 4])
+def test_one_dead_layer_makes_a_dead_network(norm: int) -> None:
+    """However lively the others are: what lies behind it is the same for every image."""
+    still = network(0)
+    assert any(r.fires for r in watch(Spline(), [still] * 6))
+    still[norm].running_mean.zero_()
+    still[norm].bias.data.fill_(-1e6)
+    assert not any(r.fires for r in watch(Spline(), [still] * 6))
+
+
 @pytest.mark.parametrize("name", BUILD)
 @pytest.mark.parametrize("cut", [0, 2, 6, 11])
 def test_state_and_restore_continue_as_if_never_interrupted(name: str, cut: int) -> None:

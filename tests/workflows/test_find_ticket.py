@@ -231,7 +231,10 @@ def test_show_why(found):
     coupled = next(name for name, members in ticket["members"].items() if len(members) > 2 and name in ticket["dropped"])
     for layer in ticket["members"][coupled]:
         said = prunectl("show", run, "--why", layer)
-        assert said.code == 0 and coupled in said.out, layer
+        sides = [("outputs of", layer in ticket["producers"][coupled]), ("inputs of", ticket["members"][coupled].count(layer) > 1)]
+        assert said.code == 0 and coupled in said.out and all(side in said.out for side, there in sides if there), layer
+    assert "inputs of fc " in prunectl("show", run, "--why", "fc").out
+    assert "stay whole: " in prunectl("show", run, "--why", next(iter(ticket["kept"]))).out
     document = prunectl("show", run, "--why", coupled, "--json").document
     assert {g["group"]: g["dropped"] for g in document["groups"]}[coupled] == ticket["dropped"][coupled]
     prunectl("show", run, "--why", coupled + "x").refused(2, "did you mean", coupled)
@@ -239,6 +242,10 @@ def test_show_why(found):
 
 def test_show_why_without_a_ticket(found):
     prunectl("show", found[0] / "dense", "--why", "conv1").refused(2, "ticket.json")
+
+
+def test_keep_that_matches_no_layer_is_refused(tmp_path):
+    prunectl(*FIND, "--keep", "Layer3", "--out", tmp_path).refused(2, "Layer3", "matches no layer", "layer")
 
 
 # -- train --from ----------------------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ def test_search_only_stops_at_the_draw(tmp_path):
 
 
 def test_the_saved_average_has_the_recalibrated_statistics(tmp_path):
-    """With an average of the weights kept, it too begins anew after the draw's re-calibration."""
+    """The average of the weights follows the surgery, and batch norm is re-estimated for it: it is what is saved."""
     run = _search_only(tmp_path, "--set", "train.ema=0.9", "--set", "train.precision=fp32")
     net, right, n = package.load(run), 0, 0
     for x, y in data.load("fashion-mini", train_images=200, val_fraction=0.02).eval_batches("val", batch_size=500):
