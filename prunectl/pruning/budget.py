@@ -24,13 +24,15 @@ class Budget:
     """What was asked for: share `value` of channels removed (metric "channels"), or of dense "macs" or "params" kept.
 
     whole: what the share is of, where that is not the network at hand but the dense one that it was cut from; gone: the
-    channels that went before. tolerance: how far off it may be met, as a share of `value`."""
+    channels that went before. tolerance: how far off it may be met, as a share of `value`; grain: the share that one channel is,
+    half of which is near enough where channels are asked for."""
 
     metric: str
     value: float
     whole: int | None = None
     gone: int = 0
     tolerance: float = TOLERANCE
+    grain: float = 0.0
 
     @property
     def keeps(self) -> float:
@@ -38,8 +40,8 @@ class Budget:
 
     @property
     def slack(self) -> float:
-        """Absolute tolerance: 2 % of the value asked for, and a quarter of a percent where that value is tiny."""
-        return max(self.tolerance * self.value, 0.0025) if self.metric == "channels" else self.tolerance * self.value
+        """Absolute tolerance: 2 % of the value asked for, or the nearest whole channel."""
+        return max(self.tolerance * self.value, self.grain / 2)
 
     def refusal(self, nearest: float, smallest: float, round_to: int) -> str:
         finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= smallest else ""

@@ -4,7 +4,8 @@ Coupled layers stand side by side: a channel's filter is the concatenation of ev
 matrices and squared norms add over producers, and identity shortcuts contribute nothing. Batch norm in eval mode is
 affine, so it is folded into the filter it follows. Where a residual stream is normalised only by its readers
 (pre-activation nets), no single hyperplane exists: each producer takes the mean scale of the reading batch norms. One behind
-the ReLU (conv, ReLU, batch norm) leaves the hyperplane where the convolution put it, and is not folded."""
+the ReLU (conv, ReLU, batch norm) leaves the hyperplane where the convolution put it, and is not folded. A depthwise convolution
+gives its filter, since channels that it treats differently are no copies, but not its bias, which moves another hyperplane."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: in
         scale, shift = affine[own[m.layer]] if m.layer in own else (shared[0], zero)
         stored = _by_root(group, m, _plain(layer.bias)) if layer.bias is not None else zero
         filters.append(raw * scale[:, None])
-        bias = bias + stored * scale + shift
+        if getattr(layer, "groups", 1) == 1:  # a depthwise convolution comes after the sum, not into it
+            bias = bias + stored * scale + shift
     if len(own) < len(producers):
         bias = bias + shared[1]
     squares = [_by_root(group, m, _columns(layer.weight)).square().sum(1) for m, layer in readers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ def plan_ticket(
     costs = CostModel.of(model, graph, (example.shape[1], example.shape[2], example.shape[3]))
     floors = {name: allocate.floor_of((began or {}).get(name, width)) for name, width in free.items()}
     dense, total = costs.predict({}), sum(free.values())
+    if budget.metric == "channels":
+        budget = replace(budget, grain=1 / (budget.whole or total))
 
     def share(dropped: Mapping[str, int]) -> float:
         if budget.metric == "channels":
@@ -115,7 +117,7 @@ def plan_ticket(
 
 def _unit(pooling: str, scores: Tensor, macs: int) -> float:
     """What a layer's scores are counted in. macs: those that one of its channels costs, with everything that reads it."""
-    return {"raw": 1.0, "mean": float(scores.double().mean()) or 1.0, "macs": float(macs) or 1.0}[pooling]
+    return {"raw": 1.0, "mean": float(scores.double().abs().mean()) or 1.0, "macs": float(macs) or 1.0}[pooling]
 
 
 def _reason(group: Group, began: Mapping[str, int], keep: str | None) -> str:

@@ -67,6 +67,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     weights = _chosen_weights(session, settings, search, plan, small)
     session.steps = [*session.steps, {"dropped": plan.dropped, "epoch": epoch, "criterion": settings.criterion}]
     if session.recipe.train.distill and before is None:
+        dense.load_state_dict(session.state.average or dense.state_dict())  # what is saved as dense/, and a resumed run is taught by
         teach(session, dense)
     adopt(session, weights)
     if settings.weights == "inherit":

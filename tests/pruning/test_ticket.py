@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -29,22 +30,29 @@ def network(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", NETS)
 def test_twenty_random_budgets_are_met_within_two_percent_or_refused(name: str) -> None:
-    model, draw, met = network(name), random.Random(0), 0
+    model, draw = network(name), random.Random(0)
     dense = count(model, SHAPE)
-    for i in range(4):  # five nets of four: twenty
+    for i in range(20):
         budget = Budget(draw.choice(("macs", "params", "channels")), draw.uniform(0.1, 0.9))
         try:
             plan = plan_ticket(model, EXAMPLE, budget=budget, criterion="l2", scope=("layerwise", "global")[i % 2])
-        except Unsatisfiable:
+        except Unsatisfiable as e:
+            refused = str(e)
+        else:
+            refused = ""
+        if refused:
+            least = re.search(r"the least (0\.\d+)|at most (0\.\d+)", refused)
+            assert least, refused
+            assert budget.keeps < (float(least[1]) if least[1] else 1 - float(least[2])) + 0.001, f"refused within reach: {refused}"
             continue
-        met += 1
         counted = check_against_plan(plan, compact(model, plan.dropped, EXAMPLE).module, SHAPE)
         if budget.metric == "channels":
-            assert abs(plan.channels_removed - budget.value) <= budget.slack
+            assert abs(plan.channels_removed - budget.value) <= max(
+                TOLERANCE * budget.value, 0.5 / sum(b for b, _ in plan.widths.values()) + 1e-9
+            )
         else:
             share = getattr(counted, budget.metric) / getattr(dense, budget.metric)
             assert abs(share - budget.value) <= TOLERANCE * budget.value
-    assert met, "every budget was refused"
 
 
 def test_two_prunings_in_turn_are_the_one_that_they_compose_to() -> None:

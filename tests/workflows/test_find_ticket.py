@@ -300,8 +300,29 @@ def test_search_only_stops_at_the_draw(tmp_path):
     assert on["params"] == result["params"]["ticket"]
 
 
+def test_the_average_of_the_weights_follows_the_surgery(tmp_path):
+    """The first convolution only loses filters, so those that stay are the dense network's, averaged as they were."""
+    kept = {}
+    for name, ema in (("plain", ()), ("averaged", ("--set", "train.ema=0.9"))):
+        run = _search_only(tmp_path / name, "--set", "train.precision=fp32", "--set", "model.width=1", *ema)
+        gone = json.loads((run / "ticket.json").read_text())["dropped"]["conv1"]
+        rows = [i for i in range(16) if i not in gone]
+        kept[name] = package.load(run).conv1.weight
+        assert gone and torch.allclose(kept[name], package.load(run / "dense").conv1.weight[rows], atol=1e-6)
+    assert not torch.allclose(kept["plain"], kept["averaged"], atol=1e-3)
+
+
+def test_merge_is_a_repair_of_its_own(tmp_path):
+    runs = {r: _search_only(tmp_path / r, *flags) for r, flags in (("none", ("--repair", "none")), ("merge", ("--merge",)))}
+    tickets = {r: json.loads((run / "ticket.json").read_text()) for r, run in runs.items()}
+    assert tickets["merge"]["repair"] == "merge" and tickets["merge"]["dropped"] == tickets["none"]["dropped"]
+    none, merged = (package.load(runs[r]).state_dict() for r in ("none", "merge"))
+    changed = {k for k in none if k.endswith("weight") and not torch.equal(none[k], merged[k])}
+    assert changed and all(".conv2" in k for k in changed)  # the only readers of channels that no residual sum couples
+
+
 def test_the_saved_average_has_the_recalibrated_statistics(tmp_path):
-    """The average of the weights follows the surgery, and batch norm is re-estimated for it: it is what is saved."""
+    """The average of the weights has followed the surgery, batch norm was re-estimated for it, and it is what is saved."""
     run = _search_only(tmp_path, "--set", "train.ema=0.9", "--set", "train.precision=fp32")
     net, right, n = package.load(run), 0, 0
     for x, y in data.load("fashion-mini", train_images=200, val_fraction=0.02).eval_batches("val", batch_size=500):
@@ -415,11 +436,23 @@ def test_draws_that_the_schedule_does_not_hold_are_fewer_and_meet_the_budget(tmp
     assert any("holds 2 of 3 draws" in w for w in done.document["warnings"])
 
 
+def test_while_the_rate_warms_up_nothing_has_settled(tmp_path):
+    """A partition hardly moves under a tiny rate; the same detector without warm-up fires after one probe."""
+    eager = (*FIND, "--epochs", "4", "--eps", "0.99", "--window", "1", "--json", "--out", tmp_path)
+    for warm_up, epoch in (("0", 0.5), ("2", 2.0)):
+        found = prunectl(*eager, "--set", f"train.warmup_epochs={warm_up}").document
+        assert found["found_epoch"] == found["detectors"]["spline"]["fires_at"] == epoch
+
+
 def test_a_draw_at_the_very_end_is_none(tmp_path):
     """Nothing would train the small network; --search-only, which leaves that to another command, does draw."""
     late = ("--epochs", "1", "--eps", "0.99", "--window", "3")
-    assert prunectl(*FIND, *late, "--out", tmp_path / "a", "--json").document["outcome"] == "not-found"
-    assert prunectl(*FIND, *late, "--search-only", "--out", tmp_path / "b", "--json").document["found_epoch"] == 1.0
+    none = prunectl(*FIND, *late, "--out", tmp_path / "a", "--json").document
+    assert none["outcome"] == "not-found" and none["detectors"]["spline"]["fires_at"] == 1.0
+    assert "fired only at the end of 1 epochs" in none["accuracy"]["reason"]
+    searched = prunectl(*FIND, *late, "--search-only", "--out", tmp_path / "b", "--json").document
+    assert searched["found_epoch"] == 1.0
+    assert searched["training_flops"]["ratio"] is None and "--search-only" in searched["training_flops"]["reason"]
     prunectl(*FIND, "--epochs", "1", "--detector", "epoch:1", "--out", tmp_path).refused(2, "due after 1 epochs")
 
 
@@ -440,6 +473,7 @@ def test_a_draw_at_epoch_0_is_of_the_network_as_it_was_made(tmp_path, flags):
     assert all(torch.equal(v, untouched[k]) for k, v in package.load(run / "dense").state_dict().items())
     result = _result(run)
     assert result["found_epoch"] == 0 and result["macs"]["ticket"] < result["macs"]["dense"]
+    assert result["detectors"]["epoch"]["fires_at"] == 0
     if flags:
         assert not (run / "metrics.jsonl").exists() and result["accuracy"]["final"] is None
 
