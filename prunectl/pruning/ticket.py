@@ -25,7 +25,7 @@ class TicketPlan:
     """`dropped` channels of each group, and what it will cost; widths: group -> channels before and after.
 
     kept: group -> why none of its channels may go. exact: the cost before rounding to `round_to`, for the reader to see what
-    rounding changed."""
+    rounding changed. floors: group -> the least width that any budget leaves; least: the cost when all stand there."""
 
     dropped: dict[str, list[int]]
     widths: dict[str, tuple[int, int]]
@@ -33,6 +33,8 @@ class TicketPlan:
     dense: Cost
     cost: Cost
     exact: Cost
+    floors: dict[str, int]
+    least: Cost
     round_to: int
     budget: Budget
     graph: Graph
@@ -102,6 +104,7 @@ def plan_ticket(
         unrounded, _ = meet(allocation, order, share, budget=budget, rounds=(1,), floors=floors)
     except Unsatisfiable:
         unrounded = dropped
+    furthest = allocation(1.0, rounds[-1])
     return TicketPlan(
         dropped={name: channels for name, channels in dropped.items() if channels},
         widths={name: (width, width - len(dropped[name])) for name, width in free.items()},
@@ -109,6 +112,8 @@ def plan_ticket(
         dense=dense,
         cost=costs.predict({name: len(channels) for name, channels in dropped.items()}),
         exact=costs.predict({name: len(channels) for name, channels in unrounded.items()}),
+        floors={name: width - len(furthest[name]) for name, width in free.items()},
+        least=costs.predict({name: len(channels) for name, channels in furthest.items()}),
         round_to=used,
         budget=budget,
         graph=graph,

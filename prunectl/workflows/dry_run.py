@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from prunectl.console import Console, si
 from prunectl.pruning import cost
+from prunectl.pruning.surgery import Dense
+from prunectl.pruning.ticket import TicketPlan
 from prunectl.recipe import Recipe, Ticket
 from prunectl.rundir import RunDir
-from prunectl.workflows.draw import budget_of, preflight
+from prunectl.workflows.draw import preflight
 from prunectl.workflows.session import Options, begin
 from prunectl.workflows.sfw_prune import prepared
 
@@ -19,6 +23,8 @@ def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
     session = prepared(recipe, run, options, ui)[0] if recipe.verb == "sfw-prune" else begin(recipe, run, options, ui)
     info, dense = session.data.info, cost.count(session.state.model, session.input_shape)
     flops = cost.training_flops(dense.macs, session.dense_images)
+    settings = recipe.ticket or Ticket()
+    plan = preflight(session, settings) if recipe.verb == "find-ticket" else None  # a refusal stands alone
     ui.table(
         f"{recipe.verb} {recipe.model.name} {info.name}",
         ["", "value"],
@@ -47,26 +53,51 @@ def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
         "training_flops": {"dense": flops},
         "warnings": list(ui.warnings),
     }
-    if recipe.verb == "find-ticket":
-        settings = recipe.ticket or Ticket()
-        plan = preflight(session, settings)
-        members = {g.name: g.producers for g in plan.graph.groups}
-        ui.table(
-            "coupled channels that can go (widths as the untrained network would be cut)",
-            ["group", "layers in it", "before", "after"],
-            [[name, len(members[name]), before, after] for name, (before, after) in plan.widths.items()],
-        )
-        for g in plan.graph.groups:
-            if g.locked:
-                ui.detail(f"{g.name} stays whole: {g.locked}")
-        exact, rounded = plan.exact.macs / dense.macs, plan.cost.macs / dense.macs
-        ui.say(
-            f"predicted: {si(plan.cost.macs)} MACs ({rounded:.3f} of dense; {exact:.3f} before rounding widths to {plan.round_to}), "
-            f"{si(plan.cost.params)} parameters ({plan.cost.params / dense.params:.3f})"
-        )
+    if plan:
         result["params"]["ticket"], result["macs"]["ticket"] = plan.cost.params, plan.cost.macs
-        result["budget"] = {"metric": budget_of(settings).metric, "value": budget_of(settings).value}
-        result["groups"] = [{"name": n, "layers": list(members[n]), "before": b, "after": a} for n, (b, a) in plan.widths.items()]
-        result["round_to"] = plan.round_to
+        result.update(_foreseen(session.state.model, plan, ui))
     ui.say("dry run: nothing was written")
     return result
+
+
+def _foreseen(model: nn.Module, plan: TicketPlan, ui: Console) -> dict[str, Any]:
+    """The groups that would shrink, and what budgets this network could meet."""
+    dense, modules = plan.dense, dict(model.named_modules())
+    members = {g.name: [p for p in g.producers if isinstance(modules[p], Dense)] for g in plan.graph.groups}
+    ui.table(
+        "coupled channels that can go (widths as the untrained network would be cut)",
+        ["group", "layers that write them", "before", "after", "least"],
+        [[name, _named(members[name]), before, after, plan.floors[name]] for name, (before, after) in plan.widths.items()],
+    )
+    for g in plan.graph.groups:
+        if g.locked:
+            ui.detail(f"{g.name} stays whole: {g.locked}")
+    exact, rounded = plan.exact.macs / dense.macs, plan.cost.macs / dense.macs
+    ui.say(
+        f"predicted: {si(plan.cost.macs)} MACs ({rounded:.3f} of dense; {exact:.3f} before rounding widths to {plan.round_to}), "
+        f"{si(plan.cost.params)} parameters ({plan.cost.params / dense.params:.3f})"
+    )
+    widths = [before for before, _ in plan.widths.values()]
+    within = {
+        "sparsity": [0.0, 1 - sum(plan.floors.values()) / sum(widths)],
+        "target_macs": [plan.least.macs / dense.macs, 1.0],
+        "target_params": [plan.least.params / dense.params, 1.0],
+    }
+    ui.say(
+        f"can be asked for: --sparsity up to {within['sparsity'][1]:.3f}, --target-macs from {within['target_macs'][0]:.3f}, "
+        f"--target-params from {within['target_params'][0]:.3f}"
+    )
+    return {
+        "budget": {"metric": plan.budget.metric, "value": plan.budget.value},
+        "groups": [
+            {"name": name, "layers": members[name], "before": before, "after": after, "least": plan.floors[name]}
+            for name, (before, after) in plan.widths.items()
+        ],
+        "round_to": plan.round_to,
+        "satisfiable": within,
+    }
+
+
+def _named(layers: list[str], most: int = 3) -> str:
+    """The first of the layers by name, and how many more there are."""
+    return ", ".join(layers[:most]) + (f" and {len(layers) - most} more" if len(layers) > most else "")

@@ -546,6 +546,11 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path, monkeypatch
     document = prunectl(*FIND, *AT_1, "--dry-run", "--json").document
     assert said.code == 0 and "nothing was written" in said.out and list(tmp_path.iterdir()) == []
     assert document["outcome"] == "dry-run" and 0 < document["macs"]["ticket"] < document["macs"]["dense"]
+    assert all(g["least"] <= g["after"] <= g["before"] for g in document["groups"])
+    least = document["satisfiable"]["target_macs"][0]
+    assert 0 < least < document["macs"]["ticket"] / document["macs"]["dense"] and f"--target-macs from {least:.3f}" in said.out
+    assert prunectl(*FIND, *AT_1, "--target-macs", f"{least * 1.005:.4f}", "--dry-run").code == 0
+    prunectl(*FIND, *AT_1, "--target-macs", f"{least * 0.97:.4f}", "--dry-run").refused(3, "cannot be met", f"{least:.3f}")
     assert {g["name"] for g in document["groups"]} and all(g["after"] <= g["before"] for g in document["groups"])
     assert prunectl("train", "resnet8", "fashion-mini", "--dry-run").code == 0 and list(tmp_path.iterdir()) == []
 
