@@ -315,6 +315,13 @@ def test_codes_of_different_probes_or_networks_do_not_compare() -> None:
             code_distance(code, other)
 
 
+def test_distances_do_not_depend_on_how_activations_lie_in_memory() -> None:
+    one, two, x = randomised(plain(12, 11)), randomised(plain(12, 11), 1), images(70)
+    usual = code_distance(activation_code(one, x), activation_code(two, x))
+    last = [activation_code(m.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)) for m in (one, two)]
+    assert code_distance(*last) == usual > 0
+
+
 def test_alive_is_the_share_of_last_units_that_tell_images_apart() -> None:
     model, x = randomised(plain(12, 11)), images(16)
     bits = oracle.relu_code(model, x)
