@@ -548,7 +548,7 @@ def _is_first_rank() -> bool:
 def _options(out: Path, device: str, workers: int | None, resume: bool, overwrite: bool) -> Any:
     if resume and overwrite:
         raise UsageError("--resume goes on with a run, --overwrite throws it away: give one of them")
-    from prunectl.workflows.session import Options
+    from prunectl.workflows.folder import Options
 
     return Options(out=out, device=device, workers=workers, resume=resume, overwrite=overwrite)
 

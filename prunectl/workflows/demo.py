@@ -15,7 +15,7 @@ from prunectl.workflows.bench_plan import plan
 from prunectl.workflows.export import Request as Export
 from prunectl.workflows.export import export
 from prunectl.workflows.find_ticket import find_ticket
-from prunectl.workflows.session import Options
+from prunectl.workflows.folder import Options
 from prunectl.workflows.train import train
 
 MODEL, DATASET = "resnet8", "fashion-mini"

@@ -13,7 +13,8 @@ from prunectl.pruning.ticket import TicketPlan
 from prunectl.recipe import Recipe, Ticket
 from prunectl.rundir import RunDir
 from prunectl.workflows.draw import preflight
-from prunectl.workflows.session import Options, begin
+from prunectl.workflows.folder import Options
+from prunectl.workflows.session import begin
 from prunectl.workflows.sfw_prune import prepared
 
 

@@ -14,8 +14,9 @@ from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Ticket
 from prunectl.workflows.draw import draw, preflight
+from prunectl.workflows.folder import Options, from_disk, run_folder
 from prunectl.workflows.search import Search
-from prunectl.workflows.session import Options, Session, averaged, begin, enter, fit, from_disk, run_folder
+from prunectl.workflows.session import Session, averaged, begin, enter, fit
 
 
 def find_ticket(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,33 +17,23 @@ from torch import Tensor, nn
 from prunectl import data, dist, models
 from prunectl.console import Console
 from prunectl.data import Dataset
-from prunectl.errors import CorruptFile, Interrupted, PrunectlError, RunFolderError, UsageError
+from prunectl.errors import CorruptFile, UsageError
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Train
-from prunectl.rundir import RunDir, clear, discard_if_empty, opened, point_latest
+from prunectl.rundir import RunDir, clear, point_latest
 from prunectl.training import checkpoint, compactmodel
 from prunectl.training.evaluate import Accuracy, accuracy
 from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, TrainState, steps
 from prunectl.training.optimizers import load_state_tensors, sgd, state_tensors
 from prunectl.training.precision import Placement, place
 from prunectl.training.schedule import learning_rate
+from prunectl.workflows.folder import Options
 from prunectl.workflows.provenance import commit, hardware, versions
 
 EVAL_BATCH = 500
 
 MakeOptimizer = Callable[[nn.Module, Train], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is given that does not decide its result."""
-
-    out: Path = Path("runs")
-    device: str = "auto"
-    workers: int | None = None
-    resume: bool = False
-    overwrite: bool = False
 
 
 class Keeper(Protocol):
@@ -153,45 +142,6 @@ class Session:
         if dist.rank() == 0:
             write_json(self.run.result, record)
         return record
-
-
-@contextmanager
-def run_folder(recipe: Recipe, options: Options) -> Iterator[RunDir]:
-    """The recipe's run folder, locked by rank 0, and the process group of all ranks, for as long as the run lasts.
-
-    Ctrl-C and SIGTERM end in Interrupted, a diverged loss in Diverged; both name what is saved."""
-    with dist.group(place(options.device, recipe.train.precision).device), _opened(recipe, options) as run, _sigterm_as_ctrl_c():
-        try:
-            yield run
-        except KeyboardInterrupt:
-            raise Interrupted(f"interrupted: {_saved(run, recipe)}") from None
-        except Diverged as e:
-            raise Diverged(f"{e}; the last good checkpoint is that of epoch {_saved_epoch(run)} in {run.checkpoints}") from None
-
-
-@contextmanager
-def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
-    if dist.rank() != 0:
-        if not dist.told(False):
-            raise RunFolderError("the first process refused the run folder")
-        yield RunDir(options.out / recipe.run_name, replaced=options.overwrite)
-        return
-    with ExitStack() as held:
-        try:
-            run = held.enter_context(opened(options.out, recipe.run_name, resume=options.resume, overwrite=options.overwrite))
-        except PrunectlError:
-            dist.told(False)
-            raise
-        dist.told(True)
-        held.callback(discard_if_empty, run)  # refused before anything began: leave no folder behind
-        yield run
-
-
-def from_disk(run: RunDir, ui: Console) -> dict[str, Any]:
-    """The result of a finished run."""
-    result = run.read_result()
-    ui.say(f"{run.path} is finished: this is its result; --overwrite would run it again")
-    return result
 
 
 def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optimizer: MakeOptimizer = momentum_sgd) -> Session:
@@ -408,18 +358,6 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
     return True
 
 
-def _saved_epoch(run: RunDir) -> int | None:
-    found, _ = checkpoint.newest(run.checkpoints)
-    return found.epoch if found else None
-
-
-def _saved(run: RunDir, recipe: Recipe) -> str:
-    epoch = _saved_epoch(run)
-    if epoch is None:
-        return "nothing was saved yet; give the same command again"
-    return f"everything up to epoch {epoch} of {recipe.train.epochs} is saved in {run.path}; go on with the same command and --resume"
-
-
 def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Architecture, pruning and weights of `train --from`."""
     saved = compactmodel.read(compactmodel.locate(Path(str(recipe.start))))
@@ -437,22 +375,3 @@ def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], l
 
 def _nothing() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.zeros(1)], lr=0.1)
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A batch system's SIGTERM ends a run as Ctrl-C does; only a main thread may set handlers."""
-
-    def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would only disturb the ending
-        raise KeyboardInterrupt
-
-    try:
-        previous = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

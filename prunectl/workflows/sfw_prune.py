@@ -29,17 +29,15 @@ from prunectl.pruning.sfw_schedule import adaptive_scale
 from prunectl.recipe import Recipe, Sfw, Train
 from prunectl.rundir import RunDir
 from prunectl.training.loop import Step
+from prunectl.workflows.folder import Options, from_disk, run_folder
 from prunectl.workflows.session import (
-    Options,
     Session,
     averaged,
     begin,
     enter,
     fit,
-    from_disk,
     momentum_sgd,
     reset_average,
-    run_folder,
     training_images_per_s,
 )
 from prunectl.workflows.sweep import channel_tickets, pattern, require_removable, sweep

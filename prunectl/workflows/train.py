@@ -7,7 +7,8 @@ from typing import Any
 from prunectl.console import Console, percent, si
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe
-from prunectl.workflows.session import Options, averaged, begin, enter, fit, from_disk, run_folder, training_images_per_s
+from prunectl.workflows.folder import Options, from_disk, run_folder
+from prunectl.workflows.session import averaged, begin, enter, fit, training_images_per_s
 
 
 def train(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from running import run_folders
 
 import prunectl
 from prunectl.recipe import resolve
-from prunectl.workflows.session import Options
+from prunectl.workflows.folder import Options
 
 SMALL = ["model.width=0.5", "data.train_images=100", "data.val_fraction=0.02", "train.batch_size=50", "train.epochs=1"]
 

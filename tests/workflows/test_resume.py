@@ -23,7 +23,7 @@ from prunectl.errors import Interrupted, UsageError
 from prunectl.recipe import resolve
 from prunectl.training.checkpoint import newest
 from prunectl.workflows.find_ticket import find_ticket
-from prunectl.workflows.session import Options
+from prunectl.workflows.folder import Options
 from prunectl.workflows.train import train
 
 EPOCHS = 4

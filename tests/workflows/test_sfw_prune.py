@@ -22,7 +22,7 @@ from prunectl.pruning.constraints import from_dict
 from prunectl.recipe import resolve
 from prunectl.rundir import RunDir
 from prunectl.training.schedule import learning_rate
-from prunectl.workflows.session import Options
+from prunectl.workflows.folder import Options
 from prunectl.workflows.sfw_prune import prepared, rate_of, start_inside
 
 VERB = ("sfw-prune", "resnet8", "fashion-mini")
