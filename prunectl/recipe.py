@@ -115,6 +115,12 @@ class Ticket(_Section):
             raise ValueError(f"draws = {self.draws} with {other}: several draws train on in between, with the weights they have")
         return self
 
+    @model_validator(mode="after")
+    def _pooled(self) -> Ticket:
+        if self.pooling != "raw" and self.scope != "global":
+            raise ValueError(f"pooling = {self.pooling} with scope = layerwise: scores are compared over layers with scope = global only")
+        return self
+
     @property
     def last_fixed_draw(self) -> float | None:
         """Epochs after which the last ticket is drawn, where `detector` is epoch:N; the others decide as they go."""

@@ -13,7 +13,7 @@ from benchmarks.cells import Cell, answer, folder_of, hand_over
 from benchmarks.tickets.cells import AFTER_TRAINING
 
 SEARCH = ("--detector", "--eps", "--window", "--sparsity")  # flags that decide what a search sees and when it ends
-SETTINGS = ("ticket.probe", "ticket.code", "ticket.detector", "train.")  # and settings
+SETTINGS = ("ticket.probe", "ticket.code", "ticket.detector", "train.", "data.")  # and settings
 
 
 def lend(cell: Cell, runs: str) -> None:

@@ -276,7 +276,7 @@ def _code(
 
             def see(x: Tensor, calls: Iterator[int] = calls, chunk: Tensor = chunk) -> None:
                 layer = next(calls)
-                bits = _as_stored(x > 0).reshape(len(chunk), -1)
+                bits = _channels_last(x > 0).reshape(len(chunk), -1)
                 keep = subsets[layer]
                 packed[layer].append(_pack(bits if keep is None else bits[:, keep]))
 
@@ -290,10 +290,9 @@ def _code(
     )
 
 
-def _as_stored(bits: Tensor) -> Tensor:
-    """Channels last where memory has them so: any fixed order of a layer's units will do, and this one needs no copy."""
-    stored_last = bits.dim() == 4 and bits.is_contiguous(memory_format=torch.channels_last)
-    return bits.permute(0, 2, 3, 1) if stored_last else bits
+def _channels_last(bits: Tensor) -> Tensor:
+    """One order of a layer's units wherever they lie: any will do, and this one needs no copy where convolutions are fastest."""
+    return bits.movedim(1, -1) if bits.dim() == 4 else bits
 
 
 def _subsets(widths: list[int], images: int, max_bytes: int | None, device: torch.device) -> list[Tensor | None]:

@@ -121,8 +121,10 @@ def plan_ticket(
 
 
 def _unit(pooling: str, scores: Tensor, macs: int) -> float:
-    """What a layer's scores are counted in. macs: those that one of its channels costs, with everything that reads it."""
-    return {"raw": 1.0, "mean": float(scores.double().abs().mean()) or 1.0, "macs": float(macs) or 1.0}[pooling]
+    """What a layer's scores are counted in. mean: without constant units (below 0) and the highest, which the spline criterion sets
+    apart. macs: those that one of its channels costs, with everything that reads it."""
+    usual = scores.double()[scores >= 0].sort().values[:-1]
+    return {"raw": 1.0, "mean": float(usual.mean()) if usual.sum() > 0 else 1.0, "macs": float(macs) or 1.0}[pooling]
 
 
 def _reason(group: Group, began: Mapping[str, int], keep: str | None) -> str:

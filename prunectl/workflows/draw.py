@@ -19,7 +19,7 @@ from prunectl.pruning.budget import Budget
 from prunectl.pruning.merge import merge_
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
-from prunectl.pruning.surgery import Compacted, carry, compact, replay
+from prunectl.pruning.surgery import Compacted, Dense, carry, compact, replay
 from prunectl.pruning.ticket import TicketPlan, check_against_plan, composed, plan_ticket
 from prunectl.recipe import Ticket
 from prunectl.training.gradients import mean_gradients
@@ -50,11 +50,12 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     if before is None:
         search.fit_into(session, epoch)
         _settle_on_a_number(session, settings, search)
+    dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
+    dist.tensors_of_rank_0((session.state.average or {}).values())
     at_draw = session.accuracy("val").top1
     if before is None:
         with averaged(session.state):
             session.write_model("dense", dense)
-    dist.from_rank_0(dense)  # ranks whose batch-norm statistics differ would not draw the same ticket
     nth, plan = _next(session, settings, search.drawn + 1, search.draws, before)
     if settings.criterion == "taylor":
         images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
@@ -63,7 +64,7 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
     momentum = carry(momentum_of(dense, session.state.optimizer), small.index)
-    lag = carry(_lag(session.state), small.index) if settings.weights == "inherit" else {}
+    lag = carry(_lag(session.state), small.index)
     weights = _chosen_weights(session, settings, search, plan, small)
     session.steps = [*session.steps, {"dropped": plan.dropped, "epoch": epoch, "criterion": settings.criterion}]
     if session.recipe.train.distill and before is None:
@@ -72,10 +73,10 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     adopt(session, weights)
     if settings.weights == "inherit":
         set_momentum(session.state.model, session.state.optimizer, momentum)
-    raw = session.accuracy("val", session.state.model).top1
-    recalibrated = _recalibrate(session, settings)
-    if session.state.average is not None:
-        recalibrated = _average_goes_on(session, settings, lag)
+        for name, behind in lag.items():
+            (session.state.average or {})[name] += behind
+    raw = session.accuracy("val").top1
+    recalibrated = _recalibrated(session, settings)
     what = f"ticket drawn after {epoch:g} epochs by {search.deciding}" if before is None else f"ticket cut further after {epoch:g} epochs"
     step = f", step {nth} of {search.draws}" if search.draws > 1 else ""
     session.ui.say(
@@ -100,7 +101,8 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "accuracy": {"dense_at_draw": at_draw, **after},
         "draws": [this],
         "members": {g.name: [m.layer for m in g.members] for g in plan.graph.groups},
-        "producers": {g.name: list(g.producers) for g in plan.graph.groups},
+        "readers": {g.name: [m.layer for m in g.members if not m.out] for g in plan.graph.groups},
+        "producers": {g.name: [p for p in g.producers if isinstance(dense.get_submodule(p), Dense)] for g in plan.graph.groups},
     }
 
 
@@ -232,17 +234,6 @@ def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, An
     return Budget(asked.metric, value, whole=before[asked.metric]["dense"], tolerance=tolerance)
 
 
-def _average_goes_on(session: Session, settings: Ticket, lag: dict[str, Tensor]) -> float:
-    """The average of the small network's weights, as far from them as it was, with statistics of its own; its validation accuracy."""
-    reset_average(session)
-    for name, behind in lag.items():
-        (session.state.average or {})[name] += behind
-    with averaged(session.state):
-        recalibrated = _recalibrate(session, settings)
-        reset_average(session)
-    return recalibrated
-
-
 def _lag(state: TrainState) -> dict[str, Tensor]:
     """How far the average of the weights is from them, where one is kept: what the small network's average begins with."""
     return {name: state.average[name] - w.detach() for name, w in state.model.named_parameters()} if state.average else {}
@@ -259,6 +250,18 @@ def _chosen_weights(session: Session, settings: Ticket, search: Search, plan: Ti
         return replay(models.build(**session.arguments, seed=session.recipe.seed), steps, session.example())
     small.module.load_state_dict(carry(search.rewind, {k: i.cpu() for k, i in small.index.items()}))
     return small.module
+
+
+def _recalibrated(session: Session, settings: Ticket) -> float:
+    """Validation accuracy with batch norm re-estimated; an average of the weights, which is what is evaluated and saved, gets its own."""
+    accuracy = _recalibrate(session, settings)
+    if settings.weights != "inherit" or session.state.average is None:
+        reset_average(session)
+        return accuracy
+    with averaged(session.state):
+        accuracy = _recalibrate(session, settings)
+        reset_average(session)
+    return accuracy
 
 
 def _recalibrate(session: Session, settings: Ticket) -> float:

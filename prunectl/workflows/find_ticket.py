@@ -104,8 +104,11 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
 
 def _why_none(session: Session, search: Search) -> str:
     epochs = session.recipe.train.epochs
-    if search.deciding in search.fires_at:
+    at, seen = search.fires_at.get(search.deciding), search.readings[search.deciding]
+    if at is not None and seen[-1].fires:
         return f"the {search.deciding} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket"
+    if at is not None:
+        return f"the {search.deciding} detector fired after {at:g} epochs, before the weights to go back to, and not again in {epochs}"
     return f"the {search.deciding} detector did not fire in {epochs} epochs"
 
 

@@ -102,9 +102,10 @@ class Search:
 
         Probe k is taken at step ceil(k of_epoch / per_epoch); so planned and real draws fall on the same steps."""
         step = round(epoch * of_epoch)
-        probe = step * self.per_epoch // of_epoch  # the last one so far
-        between = -(-probe * of_epoch // self.per_epoch) < step
-        return -(-(probe + between + max(1, math.ceil(self.draw_every * self.per_epoch - 1e-9))) * of_epoch // self.per_epoch)
+        probe, apart = step * self.per_epoch // of_epoch, self.draw_every * self.per_epoch  # the last probe so far; probes in between
+        if -(-probe * of_epoch // self.per_epoch) < step:  # the draw was after it
+            apart += step * self.per_epoch / of_epoch - probe
+        return -(-(probe + max(1, math.ceil(apart - 1e-9))) * of_epoch // self.per_epoch)
 
     def fit_into(self, session: Session, first: float) -> None:
         """Fewer draws than asked for, where the schedule does not hold them all from `first` on: the budget is met by those."""

@@ -63,6 +63,8 @@ def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
         found = "that run found no ticket, so every layer kept its width" if none else f"{path} has no ticket.json"
         raise UsageError(f"--why needs a finished find-ticket run; {found}")
     ticket = read_json(run.ticket)
+    if "producers" not in ticket:
+        raise UsageError(f"{run.ticket} is of an earlier version, which did not record who reads and writes; --overwrite makes it anew")
     groups = {name: members for name, members in ticket["members"].items() if layer in members}
     if not groups:
         raise UnknownName("layer", layer, sorted({m for members in ticket["members"].values() for m in members}))
@@ -76,12 +78,11 @@ def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
 
 def _reason(ticket: dict[str, Any], group: str, layer: str) -> str:
     """What happened to the channels of `group`, and what `layer` has to do with them."""
-    writers = ticket.get("producers", {}).get(group, [group])  # tickets of earlier versions name no producers
-    readers = [m for m in dict.fromkeys(ticket["members"][group]) if ticket["members"][group].count(m) > writers.count(m)]
-    sides = " and ".join(side for side, layers in (("outputs", writers), ("inputs", readers)) if layer in layers)
-    head = f"{sides} of {layer} (channels of {group})"
+    writers, readers = ticket["producers"][group], ticket["readers"][group]
+    sides = [side for side, layers in (("outputs", writers), ("inputs", readers)) if layer in layers]
+    head = f"{' and '.join(sides or ['channels'])} of {layer} (channels of {group})"
     if group not in ticket["widths"]:
-        return f"{head} stay whole: {ticket.get('kept', {}).get(group, 'protected, or at their floor')}"
+        return f"{head} stay whole: {ticket['kept'][group]}"
     before, after = ticket["widths"][group]
     dropped = ticket["dropped"].get(group, [])
     return (

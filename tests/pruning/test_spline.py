@@ -101,7 +101,7 @@ def test_norm_code_is_the_sign_of_every_batch_norm() -> None:
     for hook in hooks:
         hook.remove()
     for layer, expected in zip(norm_code(model, x).layers, outputs, strict=True):
-        assert np.array_equal(unpacked(layer), expected.flatten(1).numpy())
+        assert np.array_equal(unpacked(layer), oracle.units(expected))
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -166,7 +166,7 @@ def test_every_way_to_call_a_relu_is_seen_once_and_before_it_acts(name: str) -> 
     with torch.no_grad():
         expected = model.conv(x) > 0
     (layer,) = activation_code(model, x).layers
-    assert np.array_equal(unpacked(layer), expected.flatten(1).numpy())
+    assert np.array_equal(unpacked(layer), oracle.units(expected))
 
 
 def test_one_relu_module_called_twice_is_two_layers() -> None:
@@ -317,9 +317,10 @@ def test_codes_of_different_probes_or_networks_do_not_compare() -> None:
 
 def test_distances_do_not_depend_on_how_activations_lie_in_memory() -> None:
     one, two, x = randomised(plain(12, 11)), randomised(plain(12, 11), 1), images(70)
-    usual = code_distance(activation_code(one, x), activation_code(two, x))
+    usual = [activation_code(m, x) for m in (one, two)]
     last = [activation_code(m.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)) for m in (one, two)]
-    assert code_distance(*last) == usual > 0
+    assert all(code_distance(a, b) < 1e-4 for a, b in zip(usual, last, strict=True))  # sums in another order may turn a sign at 0
+    assert code_distance(*usual) > 0.1
 
 
 def test_alive_is_the_share_of_last_units_that_tell_images_apart() -> None:

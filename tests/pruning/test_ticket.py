@@ -15,8 +15,9 @@ from prunectl import models
 from prunectl.errors import Unsatisfiable
 from prunectl.pruning.allocate import floor_of
 from prunectl.pruning.budget import TOLERANCE, Budget
+from prunectl.pruning.channels import describe
 from prunectl.pruning.cost import count
-from prunectl.pruning.surgery import compact
+from prunectl.pruning.surgery import analyse, compact
 from prunectl.pruning.ticket import check_against_plan, composed, plan_ticket
 
 SHAPE = (1, 28, 28)
@@ -126,3 +127,38 @@ def test_classifier_outputs_stay() -> None:
     model = network("resnet8")
     plan = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.5), scope="global")
     assert compact(model, plan.dropped, EXAMPLE).module(EXAMPLE).shape == (1, 10)
+
+
+def test_pooled_scores_are_made_comparable() -> None:
+    """l2 grows with the weights: a layer scaled up loses nothing in the raw pool, and what the others lose over its mean."""
+    model = network("resnet8")
+    loud = "layer2.0.conv1"
+    with torch.no_grad():
+        model.get_submodule(loud).weight.mul_(100)
+    gone = {}
+    for pooling in ("raw", "mean"):
+        plan = plan_ticket(model, EXAMPLE, budget=Budget("macs", 0.4), criterion="l2", scope="global", pooling=pooling, round_to=1)
+        gone[pooling] = len(plan.dropped.get(loud, []))
+    assert gone["raw"] == 0 < gone["mean"]
+
+
+def test_scores_per_mac_cut_where_a_channel_costs_most() -> None:
+    shares = {}
+    for pooling in ("raw", "macs"):
+        plan = plan_ticket(
+            network("resnet8"), EXAMPLE, budget=Budget("channels", 0.4), criterion="random", scope="global", pooling=pooling, round_to=1
+        )
+        shares[pooling] = [len(plan.dropped.get(n, [])) / plan.widths[n][0] for n in ("layer1.0.conv1", "layer3.0.conv1")]
+    assert shares["macs"][0] > shares["raw"][0] and shares["macs"][1] < shares["raw"][1]
+
+
+def test_a_depthwise_bias_moves_no_hyperplane_of_the_layer_before() -> None:
+    model = network("mobilenet-v2").eval()
+    before = {n: c.bias for n, c in describe(model, analyse(model, EXAMPLE)).items()}
+    depthwise = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    norms = [analyse(model, EXAMPLE).norm_after[n] for n in depthwise]
+    with torch.no_grad():
+        for name in norms:
+            model.get_submodule(name).bias.add_(1.0)
+    after = {n: c.bias for n, c in describe(model, analyse(model, EXAMPLE)).items()}
+    assert depthwise and all(torch.equal(before[n], after[n]) for n in before)

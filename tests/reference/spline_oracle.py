@@ -45,11 +45,16 @@ def greedy_removal(filters, bias, outgoing, *, rho, distance):
     return score, keeper
 
 
+def units(bits):
+    """(N, U): position after position, all channels of each."""
+    return (bits.permute(0, 2, 3, 1) if bits.dim() == 4 else bits).flatten(1).numpy().copy()
+
+
 def relu_code(model, probe):
     """[(N, U) bool] per ReLU module in calling order, by a hook on each; for nets whose every ReLU is an nn.ReLU."""
     seen = []
     relus = [m for m in model.modules() if isinstance(m, nn.ReLU)]
-    hooks = [m.register_forward_pre_hook(lambda _m, args: seen.append((args[0] > 0).flatten(1).numpy().copy())) for m in relus]
+    hooks = [m.register_forward_pre_hook(lambda _m, args: seen.append(units(args[0] > 0))) for m in relus]
     with torch.no_grad():
         model(probe)
     for hook in hooks:

@@ -231,8 +231,10 @@ def test_show_why(found):
     coupled = next(name for name, members in ticket["members"].items() if len(members) > 2 and name in ticket["dropped"])
     for layer in ticket["members"][coupled]:
         said = prunectl("show", run, "--why", layer)
-        sides = [("outputs of", layer in ticket["producers"][coupled]), ("inputs of", ticket["members"][coupled].count(layer) > 1)]
-        assert said.code == 0 and coupled in said.out and all(side in said.out for side, there in sides if there), layer
+        sides = {"outputs": layer in ticket["producers"][coupled], "inputs": layer in ticket["readers"][coupled]}
+        line = next(text for text in said.out.splitlines() if f"(channels of {coupled})" in text)
+        assert said.code == 0 and all((side in line.split(" of ")[0]) == there for side, there in sides.items()), line
+    assert not any("bn" in name for names in ticket["producers"].values() for name in names)
     assert "inputs of fc " in prunectl("show", run, "--why", "fc").out
     assert "stay whole: " in prunectl("show", run, "--why", next(iter(ticket["kept"]))).out
     document = prunectl("show", run, "--why", coupled, "--json").document
@@ -244,7 +246,8 @@ def test_show_why_without_a_ticket(found):
     prunectl("show", found[0] / "dense", "--why", "conv1").refused(2, "ticket.json")
 
 
-def test_keep_that_matches_no_layer_is_refused(tmp_path):
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    prunectl(*FIND, "--set", "ticket.pooling=mean", "--out", tmp_path).refused(2, "pooling = mean", "scope = global")
     prunectl(*FIND, "--keep", "Layer3", "--out", tmp_path).refused(2, "Layer3", "matches no layer", "layer")
 
 

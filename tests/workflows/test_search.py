@@ -35,5 +35,5 @@ def test_as_many_draws_are_made_as_were_planned(steps, per_epoch, draws, every, 
     assert len(made) == search.draws <= draws and made[-1] < steps * epochs
     assert all((b - a) / steps >= every - 1 / steps for a, b in itertools.pairwise(made))
     if len(made) < draws:
-        probes = max(1, math.ceil(every * per_epoch)) + 1  # one more where the last draw was between two
-        assert epochs - made[-1] / steps <= (probes / per_epoch) + 1 / steps + 1e-9, "another draw would have had its place"
+        probe = max(made[-1] * per_epoch // steps + 1, math.ceil((made[-1] / steps + every) * per_epoch - 1e-9))
+        assert math.ceil(probe * steps / per_epoch) >= steps * epochs, "another draw would have had its place"
