@@ -22,6 +22,10 @@ FORKS.set_forkserver_preload(
     ["prunectl.cli", "prunectl.recipe", "prunectl.workflows.find_ticket", "prunectl.workflows.train", "torch._dynamo"]
 )
 TINY = ("--set", "model.width=0.5", "--set", "data.train_images=200", "--set", "data.val_fraction=0.02", "--set", "train.batch_size=50")
+FIND = ("find-ticket", "resnet8", "fashion-mini", *TINY)
+AT_1 = ("--epochs", "2", "--detector", "epoch:1")
+COMMON_KEYS = {"schema", "verb", "run", "outcome", "model", "dataset", "seed", "wall_s", "versions", "warnings"}
+FIND_KEYS = {"found_epoch", "distances", "detectors", "accuracy", "params", "macs", "training_flops", "ticket", "compact", "dense"}
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,17 @@ def only_run(out: Path) -> Path:
     """The one run folder below `out`."""
     (found,) = [p for p in out.iterdir() if p.is_dir() and not p.is_symlink()]
     return found
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "result.json").read_text()))
+
+
+def search_only(out: Path, *flags: object) -> Path:
+    """The run folder of a search that ended at its draw, after one epoch."""
+    done = prunectl(*FIND, *AT_1, "--search-only", "--out", out, *flags)
+    assert done.code == 0, done
+    return only_run(out)
 
 
 def run_folders(out: Path) -> list[str]:

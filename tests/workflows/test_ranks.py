@@ -50,6 +50,18 @@ def test_find_ticket(tmp_path, detector):
     _finite(run)
 
 
+def test_several_draws(tmp_path):
+    """The optimizer, the average and the next draw go on from the smaller network, the same on both."""
+    gradual = ("--detector", "epoch:0.5", "--set", "ticket.draws=3", "--set", "ticket.draw_every=0.5", "--set", "train.ema=0.9")
+    done = _torchrun("find-ticket", "resnet8", "fashion-mini", *TINY, "--epochs", 3, *gradual, "--out", tmp_path, "--json")
+    assert done.code == 0, done.err
+    result, run = done.document, only_run(tmp_path)
+    ticket = json.loads((run / "ticket.json").read_text())
+    assert len(ticket["draws"]) == 3 and abs(ticket["channels_removed"] - 0.5) <= 0.01
+    assert sum(p.numel() for p in package.load(run).parameters()) == result["params"]["ticket"]
+    _finite(run)
+
+
 def test_resume_and_an_answer_from_disk(tmp_path):
     argv = ("train", "resnet8", "fashion-mini", *TINY, "--epochs", 3, "--out", tmp_path)
     whole = _torchrun(*argv, "--json")
