@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -26,8 +27,16 @@ app = typer.Typer(
 # ClickException: typer brings its own click or the system's, by version
 ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
 
-ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help="a registered, torchvision or timm/NAME network, or file.py:function")]
-DataArg = Annotated[str, typer.Argument(metavar="DATASET", help="a registered data set, or a folder with train/ and val/")]
+
+def _names(kind: str) -> Callable[[str], list[str]]:
+    """What TAB offers in a shell that `--install-completion` has prepared."""
+    return lambda incomplete: [name for name in _entries(kind) if name.startswith(incomplete)]
+
+
+MODEL_HELP = "a registered, torchvision or timm/NAME network, or file.py:function"
+DATA_HELP = "a registered data set, or a folder with train/ and val/"
+ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=_names("models"))]
+DataArg = Annotated[str, typer.Argument(metavar="DATASET", help=DATA_HELP, autocompletion=_names("datasets"))]
 RecipeOpt = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="settings; default: the shipped recipe, else defaults")]
 SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting, e.g. train.lr=0.05 (repeatable)")
@@ -129,8 +138,12 @@ def find_ticket(
     sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of channels removed (default 0.5)")] = None,
     target_macs: Annotated[float | None, typer.Option("--target-macs", help="share of dense MACs kept")] = None,
     target_params: Annotated[float | None, typer.Option("--target-params", help="share of dense parameters kept")] = None,
-    criterion: Annotated[str | None, typer.Option("--criterion", help="which channels go: see `prunectl list criteria`")] = None,
-    detector: Annotated[str | None, typer.Option("--detector", help="when to draw: spline, early-bird, epi, epoch:N")] = None,
+    criterion: Annotated[
+        str | None, typer.Option("--criterion", help="which channels go: see `prunectl list criteria`", autocompletion=_names("criteria"))
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option("--detector", help="when to draw: spline, early-bird, epi, epoch:N", autocompletion=_names("detectors"))
+    ] = None,
     scope: Annotated[str | None, typer.Option("--scope", help="layerwise or global")] = None,
     eps: Annotated[float | None, typer.Option("--eps", help="distance below which the partition counts as settled")] = None,
     window: Annotated[int | None, typer.Option("--window", help="how many past probes must be that near")] = None,
@@ -208,7 +221,12 @@ def sfw_prune(
     model: ModelArg,
     dataset: DataArg,
     constraint: Annotated[
-        str | None, typer.Option("--constraint", help="set the weights stay in: see `prunectl list constraints`; none trains by SGD")
+        str | None,
+        typer.Option(
+            "--constraint",
+            help="set the weights stay in: see `prunectl list constraints`; none trains by SGD",
+            autocompletion=_names("constraints"),
+        ),
     ] = None,
     k_fraction: Annotated[
         float | None, typer.Option("--k-fraction", help="share of a tensor's entries (filters, for group-k-support) in a vertex")
@@ -278,7 +296,12 @@ def sfw_prune(
 def export(
     path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = Path("runs/latest"),
     profile: Annotated[
-        str | None, typer.Option("--profile", help="cpu, gpu, orin, tx2 or rtx (default cpu; with --trt what fits the builder)")
+        str | None,
+        typer.Option(
+            "--profile",
+            help="cpu, gpu, orin, tx2 or rtx (default cpu; with --trt what fits the builder)",
+            autocompletion=_names("profiles"),
+        ),
     ] = None,
     trt: Annotated[bool, typer.Option("--trt", help="build a TensorRT engine too")] = False,
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16 or int8")] = "fp32",
@@ -473,7 +496,8 @@ def _first_interrupt(*_: object) -> None:
 
 
 def _run(argv: list[str]) -> int:
-    if not argv:
+    completing = "_PRUNECTL_COMPLETE" in os.environ or argv[:1] in (["--show-completion"], ["--install-completion"])
+    if not argv and not completing:
         _run(["--help"])
         return ExitStatus.USAGE
     try:
@@ -486,6 +510,8 @@ def _run(argv: list[str]) -> int:
     except SystemExit as e:
         if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # what typer makes of a reader that left
             return ExitStatus.OK
+        if completing:
+            return int(e.code or 0)
         return _unforeseen(argv, e)  # a user's file that ends the process
     except ParseError as e:
         return _complain(argv, e.format_message(), ExitStatus.USAGE)

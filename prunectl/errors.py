@@ -63,6 +63,10 @@ class DataMissing(PrunectlError):
     status = ExitStatus.DATA
 
 
+class NotDownloaded(DataMissing):
+    """The files would have to be fetched, and are not to be."""
+
+
 class Interrupted(PrunectlError):
     status = ExitStatus.INTERRUPTED
 

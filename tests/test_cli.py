@@ -138,6 +138,26 @@ def test_help_version_and_no_argument():
     assert (bare.code, bare.err) == (2, "") and "find-ticket" in bare.out
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("prunectl find-t", {"find-ticket"}),
+        ("prunectl find-ticket resnet", {"resnet8", "resnet18", "resnet20", "resnet50"}),
+        ("prunectl train resnet8 fashion", {"fashion-mini", "fashion-mnist"}),
+        ("prunectl find-ticket resnet8 cifar10 --criterion spline-", {"spline-published", "spline-signed"}),
+    ],
+)
+def test_a_shell_completes_names(line, offered):
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1), "_PRUNECTL_COMPLETE": "complete_bash"}
+    done = installed(env=words)
+    assert (done.code, set(done.out.split()), done.err) == (0, offered, "")
+
+
+def test_the_completion_script_can_be_shown():
+    done = installed("--show-completion", "bash", env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"})
+    assert done.code == 0 and done.err == "" and "PRUNECTL_COMPLETE" in done.out, done
+
+
 @pytest.mark.parametrize("verb", ["train", "find-ticket", "list", "show", "demo"])
 def test_every_verb_has_help_and_takes_json(verb):
     shown = prunectl(verb, "--help")

@@ -45,34 +45,35 @@ def fashion_mnist(place: Place) -> Source:
     def read(_: int) -> Raw:
         return read_mnist(place, "FashionMNIST", DEBIAN_FASHION_MNIST)
 
-    return Source("fashion-mnist", CLOTHES, 1, 28, read, mean=(0.2860,), std=(0.3530,))
+    return Source("fashion-mnist", CLOTHES, 1, 28, read, mean=(0.2860,), std=(0.3530,), sizes=(60_000, 10_000))
 
 
 @datasets.register
 def mnist(place: Place) -> Source:
     """Handwritten digits, 28x28 grey, 10 classes, 60,000 + 10,000 images (LeCun et al. 1998)."""
-    return Source("mnist", DIGITS, 1, 28, lambda _: read_mnist(place, "MNIST"), mean=(0.1307,), std=(0.3081,), augment="crop")
+    mean, std = (0.1307,), (0.3081,)
+    return Source("mnist", DIGITS, 1, 28, lambda _: read_mnist(place, "MNIST"), mean, std, augment="crop", sizes=(60_000, 10_000))
 
 
 @datasets.register
 def cifar10(place: Place) -> Source:
     """Small photos, 32x32 colour, 10 classes, 50,000 + 10,000 images (Krizhevsky 2009)."""
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    return Source("cifar10", CIFAR10_CLASSES, 3, 32, lambda _: read_cifar(place, CIFAR10), mean, std)
+    return Source("cifar10", CIFAR10_CLASSES, 3, 32, lambda _: read_cifar(place, CIFAR10), mean, std, sizes=(50_000, 10_000))
 
 
 @datasets.register
 def cifar100(place: Place) -> Source:
     """Small photos, 32x32 colour, 100 classes, 50,000 + 10,000 images (Krizhevsky 2009)."""
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    return Source("cifar100", CIFAR100_CLASSES, 3, 32, lambda _: read_cifar(place, CIFAR100), mean, std)
+    return Source("cifar100", CIFAR100_CLASSES, 3, 32, lambda _: read_cifar(place, CIFAR100), mean, std, sizes=(50_000, 10_000))
 
 
 @datasets.register
 def svhn(place: Place) -> Source:
     """House numbers, 32x32 colour, 10 classes, 73,257 + 26,032 images (Netzer et al. 2011)."""
     mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
-    return Source("svhn", DIGITS, 3, 32, lambda _: read_svhn(place), mean, std, augment="crop")
+    return Source("svhn", DIGITS, 3, 32, lambda _: read_svhn(place), mean, std, augment="crop", sizes=(73_257, 26_032))
 
 
 @datasets.register

@@ -97,11 +97,13 @@ class View:
 class Dataset:
     """Batches (x float32 (N, C, H, W) normalised, y int64 (N,)) of the splits train, val and test.
 
-    Split sizes and everything else about the input are in `info`. `stream` turns requests into batches, in order."""
+    Split sizes and everything else about the input are in `info`. `stream` turns requests into batches, in order. missing: why
+    the images are blank, if they are."""
 
     info: DatasetInfo
     splits: Mapping[str, Index]
     stream: Callable[[Sequence[Request]], Iterator[Batch]]
+    missing: str | None = None
 
     def train_batches(
         self, epoch: int, *, batch_size: int, seed: int, rank: int = 0, world: int = 1, drop_last: bool = True

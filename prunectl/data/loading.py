@@ -13,12 +13,12 @@ from prunectl.data import datasets
 from prunectl.data.dataset import Dataset, DatasetInfo, View
 from prunectl.data.draws import Index
 from prunectl.data.folders import image_folder
-from prunectl.data.memory import MemoryPool, in_process
+from prunectl.data.memory import MemoryPool, blank, in_process
 from prunectl.data.photos import measured
 from prunectl.data.source import Place, Raw, Source
 from prunectl.data.split import subset, validation
 from prunectl.data.workers import WorkerStream, default_workers
-from prunectl.errors import DataMissing, UnknownName, UsageError
+from prunectl.errors import DataMissing, NotDownloaded, UnknownName, UsageError
 from prunectl.registry import canonical
 
 POLICIES = ("none", "flip", "crop", "crop-flip", "imagenet")
@@ -56,6 +56,7 @@ def load(
     train_images: int | None = None,
     augment: str | None = None,
     workers: int | None = None,
+    download: bool = True,
 ) -> Dataset:
     """The data set, its training part split into training and validation images, always in the same way.
 
@@ -63,8 +64,9 @@ def load(
     images' own; `fit` brings them to it by `pad` (black border) or `resize`; photos are resized and cropped either way.
     val_fraction: of every class of the training images, by default 0.1 (imagenet 0.02); folders may have their own val. train_images: train
     on a stratified part of this size. augment: none, flip, crop, crop-flip or imagenet, by default what is usual for the set.
-    workers: processes that read image files (0: none). Raises UnknownName, UsageError or DataMissing."""
-    source = _source(name_or_folder, data_dir)
+    workers: processes that read image files (0: none). download: fetch what can be fetched and is not there; without it, such a
+    set is blank images of the published number, for plans. Raises UnknownName, UsageError or DataMissing."""
+    source = _source(name_or_folder, data_dir, download)
     policy = _choice("augmentation", augment if augment is not None else source.augment, POLICIES)
     fit = _choice("fit", fit, FITS)
     size = image_size if image_size is not None else source.image_size
@@ -77,7 +79,11 @@ def load(
             f"data.image_size = {size}: {source.name}'s images of {source.image_size} pixels cannot be padded to it; use data.fit=resize."
         )
 
-    raw = source.read(size)
+    missing = None
+    try:
+        raw = source.read(size)
+    except NotDownloaded as problem:
+        raw, missing = _blank(source, problem), str(problem)
     _check(source, raw)
     splits = _splits(raw, source.val_fraction if val_fraction is None else val_fraction, train_images)
     stats = {"mean": source.mean, "std": source.std} if source.mean and source.std else measured(raw.pool, splits["train"])
@@ -102,14 +108,14 @@ def load(
     if processes < 0:
         raise UsageError(f"data.workers = {processes}: must be 0 or more.")
     in_memory = isinstance(raw.pool, MemoryPool) or processes == 0
-    return Dataset(info, splits, partial(in_process, view) if in_memory else WorkerStream(view, processes))
+    return Dataset(info, splits, partial(in_process, view) if in_memory else WorkerStream(view, processes), missing)
 
 
-def _source(name_or_folder: str, data_dir: str | Path | None) -> Source:
+def _source(name_or_folder: str, data_dir: str | Path | None, download: bool = True) -> Source:
     base = Path(data_dir or os.environ.get("PRUNECTL_DATA") or "~/.cache/prunectl").expanduser()
     if name_or_folder in datasets:
         name = canonical(name_or_folder)
-        source: Source = datasets.get(name)(Place(name, base))
+        source: Source = datasets.get(name)(Place(name, base, download))
         return source
     folder = Path(name_or_folder).expanduser()
     for candidate in (folder, base / folder):
@@ -120,6 +126,14 @@ def _source(name_or_folder: str, data_dir: str | Path | None) -> Source:
     if os.sep in name_or_folder or name_or_folder.startswith((".", "~")):
         raise DataMissing(f"{name_or_folder} does not exist: a data set is a registered name or a folder with train/ and val/.")
     raise UnknownName("data set", name_or_folder, datasets.names(), hint="Or give a folder with train/ and val/.")
+
+
+def _blank(source: Source, problem: NotDownloaded) -> Raw:
+    if source.sizes is None:
+        raise problem
+    n_train, n_test = source.sizes
+    pool = blank(n_train + n_test, len(source.classes), source.channels, source.image_size)
+    return Raw(pool, *np.split(np.arange(n_train + n_test), [n_train]))
 
 
 def _splits(raw: Raw, val_fraction: float, train_images: int | None) -> dict[str, Index]:

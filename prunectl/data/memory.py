@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from prunectl.data.dataset import Augmentation, Batch, Request, View
 from prunectl.data.draws import Index, Stream, integers, uniforms
 from prunectl.data.images import Pixels, mirrored, shifted
@@ -20,6 +22,11 @@ class MemoryPool:
 
     def crops(self, index: Index, augmentation: Augmentation | None) -> Pixels:
         return crop_flip(self.images[index], index, augmentation)
+
+
+def blank(n: int, classes: int, channels: int, size: int) -> MemoryPool:
+    """Images without content that take no memory: what is counted on them holds for the real ones."""
+    return MemoryPool(np.broadcast_to(np.uint8(0), (n, channels, size, size)), np.arange(n) % classes)
 
 
 def crop_flip(images: Pixels, index: Index, augmentation: Augmentation | None) -> Pixels:

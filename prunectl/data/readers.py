@@ -9,15 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from prunectl.data import download
 from prunectl.data.cifar_pickle import parse_cifar_pickle
-from prunectl.data.download import Remote, fetch
+from prunectl.data.download import Remote
 from prunectl.data.draws import Index
 from prunectl.data.formats import damaged, member_reader, parse_cifar_binary, read_mnist_pair
 from prunectl.data.images import Pixels
 from prunectl.data.matfile import read_mat
 from prunectl.data.memory import MemoryPool
 from prunectl.data.source import Place, Raw
-from prunectl.errors import DataMissing
+from prunectl.errors import DataMissing, NotDownloaded
 
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion-mini.npz"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -44,7 +45,7 @@ def read_mnist(place: Place, torchvision_name: str, *elsewhere: Path) -> Raw:
     if found is None or found == place.home:
         found = place.home
         if missing := [kind for kind in kinds if not _idx_file(found, kind).exists()]:
-            fetch(place.name, [_mnist_remote(torchvision_name, kind) for kind in missing], found)
+            _fetch(place, [_mnist_remote(torchvision_name, kind) for kind in missing])
     files = [_idx_file(found, kind) for kind in kinds]
     return _in_memory(read_mnist_pair(*files[:2]), read_mnist_pair(*files[2:]))
 
@@ -78,7 +79,7 @@ def read_cifar(place: Place, which: Cifar) -> Raw:
         from torchvision import datasets as published
 
         official = getattr(published, which.torchvision_name)
-        fetch(place.name, [Remote((official.url,), official.filename, official.tgz_md5)], place.home)
+        _fetch(place, [Remote((official.url,), official.filename, official.tgz_md5)])
         found = place.home / official.filename
     read = member_reader(found)
     is_binary = found.name in (binary, archives[1]) or (found.is_dir() and (found / f"{which.test}.bin").exists())
@@ -112,7 +113,7 @@ def _read_svhn_part(place: Place, part: str) -> Labelled:
         from torchvision.datasets import SVHN
 
         url, name, md5 = SVHN.split_list[part]
-        fetch(place.name, [Remote((url,), name, md5)], place.home)
+        _fetch(place, [Remote((url,), name, md5)])
         path = place.home / name
     arrays = read_mat(path)
     if "X" not in arrays or "y" not in arrays or arrays["X"].shape[:3] != (32, 32, 3) or arrays["X"].dtype != np.uint8:
@@ -122,6 +123,12 @@ def _read_svhn_part(place: Place, part: str) -> Labelled:
     if len(labels) != len(images):
         raise damaged(path, f"has {len(labels)} labels for {len(images)} images")
     return images, labels % 10  # the digit 0 is labelled 10
+
+
+def _fetch(place: Place, remotes: list[Remote]) -> None:
+    if not place.downloads:
+        raise NotDownloaded(f"{place.name} is not in {place.home} yet: a run would download it.")
+    download.fetch(place.name, remotes, place.home)
 
 
 def _in_memory(train: Labelled, test: Labelled) -> Raw:

@@ -26,7 +26,7 @@ class Source:
     """`read(image_size)` gets the images; only photos look at the size they are wanted in.
 
     image_size: H = W of its images; for photos, which come in every size, what is usual. mean, std: per channel, of
-    pixels / 255; None if they are to be measured."""
+    pixels / 255; None if they are to be measured. sizes: training and test images, of a set that can be downloaded."""
 
     name: str
     classes: tuple[str, ...]
@@ -38,14 +38,16 @@ class Source:
     augment: str = "crop-flip"
     val_fraction: float = 0.1
     photos: bool = False
+    sizes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set may lie: in `base/name` or in `base` itself; a download goes to the first."""
+    """Where a data set may lie: in `base/name` or in `base` itself; a download, if it may be made, goes to the first."""
 
     name: str
     base: Path
+    downloads: bool = True
 
     @property
     def folders(self) -> tuple[Path, Path]:

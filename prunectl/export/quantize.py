@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,11 @@ class LayerError:
     layer: str
     operator: str
     signal_to_noise_db: float
+
+
+def can_halve() -> bool:
+    """Whether what writes FP16 graphs is installed."""
+    return find_spec("onnxconverter_common") is not None
 
 
 def to_fp16(model: ModelProto) -> ModelProto:

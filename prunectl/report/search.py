@@ -16,9 +16,12 @@ def plot_search(
     matrix: Sequence[Sequence[float]],
     *,
     drawn: float | None,
+    eps: float | None,
     title: str,
 ) -> None:
-    """A PNG at `path`. detectors: name -> {"distances": [{"epoch", "max"}]}; matrix: distance of the codes at `epochs`."""
+    """A PNG at `path`. detectors: name -> {"distances": [{"epoch", "max"}]}; matrix: distance of the codes at `epochs`.
+
+    drawn: after how many epochs; eps: the distance below which the deciding detector fires."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -29,6 +32,8 @@ def plot_search(
             curves.plot(*zip(*points, strict=True), marker=".", label=name)
     if drawn is not None:
         curves.axvline(drawn, color="grey", linestyle="--", label="drawn")
+    if eps is not None:
+        curves.axhline(eps, color="grey", linestyle=":", label="eps")
     curves.set(xlabel="epochs", ylabel="largest of the last distances", title=title, ylim=(0, None))
     curves.grid(alpha=0.3)
     if curves.get_legend_handles_labels()[0]:

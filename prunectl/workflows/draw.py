@@ -20,7 +20,7 @@ from prunectl.pruning.merge import merge_
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
 from prunectl.pruning.surgery import Compacted, Dense, carry, compact, replay
-from prunectl.pruning.ticket import TicketPlan, check_against_plan, composed, plan_ticket
+from prunectl.pruning.ticket import AUTO_ROUNDS, TicketPlan, check_against_plan, composed, plan_ticket
 from prunectl.recipe import Ticket
 from prunectl.training.gradients import mean_gradients
 from prunectl.training.loop import TrainState
@@ -79,9 +79,11 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     recalibrated = _recalibrated(session, settings)
     what = f"ticket drawn after {epoch:g} epochs by {search.deciding}" if before is None else f"ticket cut further after {epoch:g} epochs"
     step = f", step {nth} of {search.draws}" if search.draws > 1 else ""
+    if nth == search.draws:
+        _warn_of_odd_widths(session, settings, plan)
     session.ui.say(
         f"{what}{step}: {100 * plan.channels_removed:.0f} % of the {'' if before is None else 'remaining '}channels go, "
-        f"MACs {si(plan.dense.macs)} -> {si(counted.macs)}; "
+        f"MACs {si(plan.dense.macs)} -> {si(counted.macs)} ({si(plan.exact.macs)} before widths were rounded to {plan.round_to}); "
         f"validation {at_draw:.2f} % {'dense' if before is None else 'before'}, {raw:.2f} % pruned, {recalibrated:.2f} % re-calibrated"
     )
     after = {"raw": raw, "bn_recalibrated": recalibrated}
@@ -104,6 +106,14 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
         "readers": {g.name: [m.layer for m in g.members if not m.out] for g in plan.graph.groups},
         "producers": {g.name: [p for p in g.producers if isinstance(dense.get_submodule(p), Dense)] for g in plan.graph.groups},
     }
+
+
+def _warn_of_odd_widths(session: Session, settings: Ticket, plan: TicketPlan) -> None:
+    if settings.round_to == "auto" and plan.round_to < AUTO_ROUNDS[0]:
+        session.ui.warn(
+            f"this budget is met only with widths in multiples of {plan.round_to}, and engines pad widths that are no multiple of "
+            f"{AUTO_ROUNDS[0]}: measure the ticket with prunectl bench, or see with --round-to {AUTO_ROUNDS[0]} --dry-run what can be had"
+        )
 
 
 def _rehearse(session: Session, settings: Ticket, draws: int) -> None:
@@ -193,6 +203,7 @@ def _plan(
         size = session.recipe.train.batch_size
         batches = session.data.eval_batches("train", batch_size=size, limit=GRADIENT_BATCHES * size)
         gradients = mean_gradients(model, batches, session.place)
+        dist.tensors_of_rank_0(gradients.values())  # GPUs may differ in the last bits, and channels go by their rank
     return plan_ticket(
         model,
         session.example(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,11 @@ from prunectl.workflows.sfw_prune import prepared
 
 
 def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
-    """Reads the data, builds the network, writes nothing."""
-    run = RunDir(options.out / recipe.run_name)
+    """Reads the data where they are at hand, builds the network, downloads and writes nothing."""
+    run, options = RunDir(options.out / recipe.run_name), replace(options, download=False)
     session = prepared(recipe, run, options, ui)[0] if recipe.verb == "sfw-prune" else begin(recipe, run, options, ui)
+    if session.data.missing:
+        ui.warn(f"{session.data.missing} The numbers of images below are the published ones")
     info, dense = session.data.info, cost.count(session.state.model, session.input_shape)
     flops = cost.training_flops(dense.macs, session.dense_images)
     settings = recipe.ticket or Ticket()
@@ -94,6 +97,7 @@ def _foreseen(model: nn.Module, plan: TicketPlan, ui: Console) -> dict[str, Any]
             {"name": name, "layers": members[name], "before": before, "after": after, "least": plan.floors[name]}
             for name, (before, after) in plan.widths.items()
         ],
+        "locked": {g.name: g.locked for g in plan.graph.groups if g.locked},
         "round_to": plan.round_to,
         "satisfiable": within,
     }

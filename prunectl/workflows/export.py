@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ COMPARED = 256  # real images that torch and the graph both answer
 NOISE = 8  # random ones
 CALIBRATION = 512  # training images that set INT8's ranges
 BATCH = 250
-INT8_SLACK = 1.0  # points of accuracy below which a per-layer report is due
+PRECISION_SLACK = 1.0  # points of accuracy that a lower precision may cost before it is spoken of
 RUN_SLACK = 2.0  # points: a run may have been measured in bfloat16, which decides close calls otherwise; no file is further off
 
 
@@ -93,7 +93,11 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     if images is not None and request.precision == "int8":
         _report_int8(onnx.lowered(fp32, spec, profile, "fp32"), model, record, images, ui)
 
-    artifacts, note = [_entry(target, record)], None
+    computes = profile.graph_precision(request.precision)
+    artifacts, note = [_entry(target, record) | {"graph_precision": computes}], None
+    if images is not None and computes != request.precision:
+        half = onnx.lowered(fp32, spec, replace(profile, fp16="graph"), request.precision) if quantize.can_halve() else None
+        artifacts[0] |= _estimated(half, record, request.precision, images, ui)
     if place is not None:
         built, note = engine.build(place, target, record, profile, sparse=pattern is not None, ui=ui)
         artifacts.append({**artifacts[0], **built})
@@ -248,7 +252,7 @@ def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: 
     fp32: the graph of the same input, pixels or normalised values, in full precision."""
     assert record.accuracy is not None
     full = verify.accuracy(verify.classifier(fp32, record.input), _test_split(images, "accuracy in FP32", ui)).top1
-    if full - record.accuracy <= INT8_SLACK:
+    if full - record.accuracy <= PRECISION_SLACK:
         return
     size = graph.static_batch(fp32) or BATCH
     few = images.sample(size, seed=0, split="val")[0].numpy()
@@ -256,6 +260,20 @@ def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: 
     worst = quantize.layer_errors(fp32, model, pixels_of(few, record.input) if record.input.dtype == "uint8" else few)[:5]
     layers = ", ".join(f"{e.layer} ({e.signal_to_noise_db:.0f} dB)" for e in worst)
     ui.warn(f"INT8 has {record.accuracy:.2f} % where FP32 has {full:.2f} %; the layers with the lowest signal-to-noise ratio: {layers}")
+
+
+def _estimated(half: ModelProto | None, record: Artifact, precision: str, images: Dataset, ui: Console) -> dict[str, Any]:
+    """What a precision that the engine build brings in costs in accuracy: the same graph computing in it in ONNX Runtime.
+
+    An engine may keep single layers in FP32, or sum up differently; numbers that FP16 cannot hold show up here all the same."""
+    if half is None:
+        return {"estimated_accuracy": None, "estimated_reason": "it needs onnxconverter-common: pip install 'prunectl[fp16]'"}
+    assert record.accuracy is not None
+    found = verify.accuracy(verify.classifier(half, record.input), _test_split(images, f"accuracy in {precision}", ui)).top1
+    ui.say(f"in {precision}, which the engine build turns to, ONNX Runtime has {found:.2f} % of the test images right")
+    if (lost := record.accuracy - found) > PRECISION_SLACK:
+        ui.warn(f"{precision} costs this network {lost:.2f} points of test accuracy in ONNX Runtime: build in fp32")
+    return {"estimated_accuracy": found, "estimated_by": f"ONNX Runtime, the same graph in {precision}"}
 
 
 def _entry(path: Path, record: Artifact) -> dict[str, Any]:
@@ -277,9 +295,15 @@ def _entry(path: Path, record: Artifact) -> dict[str, Any]:
     return {"path": str(path.resolve()), **{k: fields[k] for k in kept}, "record": str(record_path(path).resolve())}
 
 
+def _precision(artifact: Mapping[str, Any]) -> str:
+    """Of the file, and of the engine where that is another."""
+    asked, computes = artifact["precision"], artifact.get("graph_precision", artifact["precision"])
+    return str(asked) if artifact["kind"] != "onnx" or asked == computes else f"{computes}; {asked} in the engine"
+
+
 def show(result: dict[str, Any], ui: Console) -> None:
     rows = [
-        [Path(a["path"]).name, a["kind"], a["precision"], f"{a['bytes']:,}", None if a["accuracy"] is None else f"{a['accuracy']:.2f}"]
+        [Path(a["path"]).name, a["kind"], _precision(a), f"{a['bytes']:,}", None if a["accuracy"] is None else f"{a['accuracy']:.2f}"]
         for a in result["artifacts"]
     ]
     ui.table(f"{result['model']} for {result['profile']}", ["file", "kind", "precision", "bytes", "test accuracy, %"], rows)

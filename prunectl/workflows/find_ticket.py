@@ -109,7 +109,19 @@ def _why_none(session: Session, search: Search) -> str:
         return f"the {search.deciding} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket"
     if at is not None:
         return f"the {search.deciding} detector fired after {at:g} epochs, before the weights to go back to, and not again in {epochs}"
-    return f"the {search.deciding} detector did not fire in {epochs} epochs"
+    return f"the {search.deciding} detector did not fire in {epochs} epochs{_how_near(search)}"
+
+
+def _how_near(search: Search) -> str:
+    """What the deciding detector saw when it came nearest to firing; nothing for one without an eps, or without a full window."""
+    eps, window = search.eps, getattr(search.watchers[search.deciding], "window", 0)
+    full = [(r.max, r.epoch) for r in search.readings[search.deciding] if r.max is not None and len(r.distances) == window]
+    if eps is None or not full:
+        return ""
+    least, epoch = min(full)
+    if least < eps:
+        return f"; its distances were below eps {eps:g} only while the rate warmed up, or of a network that tells no images apart"
+    return f"; it came nearest after {epoch:g}, with {least:.3f} where eps is {eps:g}"
 
 
 def _write_search(session: Session, search: Search) -> None:
@@ -127,7 +139,7 @@ def _write_search(session: Session, search: Search) -> None:
     )
     drawn = search.ticket["epoch"] if search.ticket else None
     title = f"{recipe.model.name} on {recipe.data.name}"
-    plot_search(path / "search.png", search.record(), trail.epochs, matrix, drawn=drawn, title=title)
+    plot_search(path / "search.png", search.record(), trail.epochs, matrix, drawn=drawn, eps=search.eps, title=title)
 
 
 def show(result: dict[str, Any], ui: Console) -> None:

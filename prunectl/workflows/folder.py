@@ -28,6 +28,7 @@ class Options:
     workers: int | None = None
     resume: bool = False
     overwrite: bool = False
+    download: bool = True
 
 
 @contextmanager

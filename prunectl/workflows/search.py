@@ -78,6 +78,11 @@ class Search:
         return isinstance(deciding, Epoch) and deciding.at == self.not_before == 0
 
     @property
+    def eps(self) -> float | None:
+        """The distance below which the deciding detector fires; None where it fires by another rule."""
+        return getattr(self.watchers[self.deciding], "eps", None)
+
+    @property
     def drawn(self) -> int:
         """How many of the draws are behind, those that were left to a later one included."""
         draws = self.ticket["draws"] if self.ticket else []

@@ -167,6 +167,7 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
         train_images=recipe.data.train_images,
         augment=recipe.data.augment,
         workers=options.workers,
+        download=options.download,
     )
     arguments: dict[str, Any] = {
         "name": recipe.model.name,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunectl import dist
 from prunectl.console import Console, percent, si
-from prunectl.errors import Unsatisfiable, UsageError
+from prunectl.errors import UsageError
 from prunectl.files import write_csv, write_json
 from prunectl.pruning import cost, oneshot
 from prunectl.pruning.constraints import DEFAULT_K_FRACTION, ConstraintPlan, sets_for
@@ -40,7 +40,7 @@ from prunectl.workflows.session import (
     reset_average,
     training_images_per_s,
 )
-from prunectl.workflows.sweep import channel_tickets, pattern, require_removable, sweep
+from prunectl.workflows.sweep import channel_tickets, pattern, require_removable, require_share, sweep
 
 FADE_EVERY = 5  # steps: a ranking of all weights costs a few per cent of a step
 SFW_INIT_STEPS = 390  # Miao et al.: one epoch of CIFAR-10 in batches of 128
@@ -133,9 +133,8 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
     size = session.batches[1] if recipe.train.epochs else recipe.train.batch_size
     if s.sfw_init and s.constraint != "none" and size < LEAST_BATCH:
         raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")
-    ranked = sum(w.numel() for w in oneshot.prunable(session.state.model, s.scope).values())
-    if s.sparsity and round(ranked * s.sparsity[-1]) >= ranked:
-        raise Unsatisfiable(f"--sparsity {s.sparsity[-1]} would leave none of the {ranked:,} weights: ask for a smaller share")
+    for share in s.sparsity:
+        require_share(session.state.model, share, s)
     for flag, given, reader in (
         ("--sfw-init", s.sfw_init and s.constraint == "none", "any set, and there is none"),
         ("--k-fraction", s.k_fraction is not None and s.constraint not in DEFAULT_K_FRACTION, f"{', '.join(DEFAULT_K_FRACTION)}"),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunectl.data import Dataset
+from prunectl.errors import Unsatisfiable
 from prunectl.pruning import allocate, cost, oneshot
 from prunectl.pruning.channels import describe
 from prunectl.pruning.recalibrate import recalibrate_
@@ -26,8 +27,19 @@ REPAIR_IMAGES, REPAIR_BATCH = 512, 64
 NEAR = 0.02  # of the channels: widths are rounded as coarsely as this allows
 
 
+def require_share(model: nn.Module, share: float, settings: Sfw) -> None:
+    """Raises Unsatisfiable if pruning to `share` would remove none of the ranked weights, or all."""
+    sizes = [w.numel() for w in oneshot.prunable(model, settings.scope).values()]
+    removed = sum(round(n * share) for n in ([sum(sizes)] if settings.pooling == "global" else sizes))
+    if removed == 0:
+        raise Unsatisfiable(f"--sparsity {share} would remove none of the {sum(sizes):,} weights: ask for a larger share")
+    if removed == sum(sizes):
+        raise Unsatisfiable(f"--sparsity {share} would leave none of the {sum(sizes):,} weights: ask for a smaller share")
+
+
 def pruned(model: nn.Module, share: float, settings: Sfw) -> nn.Module:
-    """A copy of `model` with exactly the share `share` of its ranked entries at zero."""
+    """A copy of `model` with exactly the share `share` of its ranked entries at zero. Raises Unsatisfiable."""
+    require_share(model, share, settings)
     twin = copy.deepcopy(model)
     prune_ = oneshot.prune_global_ if settings.pooling == "global" else oneshot.prune_layerwise_
     prune_(twin, share, scope=settings.scope)

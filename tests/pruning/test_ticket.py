@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prunectl import models
-from prunectl.errors import Unsatisfiable
+from prunectl.errors import Unsatisfiable, VerificationFailed
 from prunectl.pruning.allocate import floor_of
 from prunectl.pruning.budget import TOLERANCE, Budget
 from prunectl.pruning.channels import describe
@@ -54,6 +54,20 @@ def test_twenty_random_budgets_are_met_within_two_percent_or_refused(name: str) 
         else:
             share = getattr(counted, budget.metric) / getattr(dense, budget.metric)
             assert abs(share - budget.value) <= TOLERANCE * budget.value
+
+
+def test_a_network_that_is_not_its_plans_is_refused() -> None:
+    """Cut one channel more than planned, or nothing at all under a plan of nothing."""
+    model = network("resnet8")
+    plan = plan_ticket(model, EXAMPLE, budget=Budget("channels", 0.5), criterion="l2")
+    group, gone = next(iter(plan.dropped.items()))
+    left = next(c for c in range(plan.widths[group][0]) if c not in gone)
+    with pytest.raises(VerificationFailed, match="its plan"):
+        check_against_plan(plan, compact(model, {**plan.dropped, group: [*gone, left]}, EXAMPLE).module, SHAPE)
+    with pytest.raises(VerificationFailed, match="its plan"):
+        check_against_plan(plan, model, SHAPE)
+    with pytest.raises(Unsatisfiable, match="nothing was pruned"):
+        check_against_plan(replace(plan, dropped={}, cost=plan.dense), model, SHAPE)
 
 
 def test_two_prunings_in_turn_are_the_one_that_they_compose_to() -> None:

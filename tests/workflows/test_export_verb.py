@@ -180,7 +180,11 @@ def test_half_precision_is_in_the_graph_or_in_a_flag(ticket, tmp_path):
     half, path = exported(ticket, tmp_path, "--profile", "cpu", "--precision", "fp16")
     assert path.stat().st_size < 0.7 * full.stat().st_size
     assert half["artifacts"][0]["accuracy"] == pytest.approx(read_record(full).accuracy, abs=0.5)  # ten images of 2,000 at the margin
-    _, flagged = exported(ticket, tmp_path, "--profile", "tx2", "--precision", "fp16")
+    tx2, flagged = exported(ticket, tmp_path, "--profile", "tx2", "--precision", "fp16")
+    (entry,) = tx2["artifacts"]
+    assert (entry["precision"], entry["graph_precision"]) == ("fp16", "fp32") and half["artifacts"][0]["graph_precision"] == "fp16"
+    assert entry["estimated_accuracy"] == pytest.approx(half["artifacts"][0]["accuracy"], abs=ONE_IMAGE)  # the same FP16 graph
+    assert "fp32; fp16 in the engine" in prunectl("export", ticket, "--out", tmp_path, "--profile", "tx2", "--precision", "fp16").out
     assert read_record(flagged).engine_flags == ("fp16",) and load_onnx_session(flagged).session.get_inputs()[0].type == "tensor(float)"
 
 
@@ -227,6 +231,12 @@ def test_a_share_of_zeros_is_exact_and_its_worth_is_said(nm, tmp_path):
     assert sum(map(np.count_nonzero, found)) == pytest.approx(0.1 * sum(w.size for w in found), abs=1)
     assert "in no pattern" in document["zeros"] and "every dense engine runs it at full price" in document["zeros"]
     assert document["zeros"] in prunectl("export", nm, "--out", tmp_path, "--profile", "orin", "--sparsity", "0.9").out
+
+
+@pytest.mark.parametrize(("share", "word"), [("0.0000001", "remove none"), ("0.9999999", "leave none")])
+def test_a_share_of_no_weight_or_of_all_is_refused(ticket, tmp_path, share, word):
+    prunectl("export", ticket, "--out", tmp_path, "--profile", "orin", "--sparsity", share).refused(3, "--sparsity", word)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_layers_of_nothing_but_zeros_are_no_mismatch(ticket, tmp_path):

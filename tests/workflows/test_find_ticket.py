@@ -15,7 +15,7 @@ import torch
 from running import AT_1, COMMON_KEYS, FIND, FIND_KEYS, TINY, only_run, prunectl, result_of, run_folders
 
 import prunectl as package
-from prunectl import data, models
+from prunectl import data, models, recipe
 from prunectl.errors import CorruptFile
 from prunectl.pruning import cost
 from prunectl.training import compactmodel
@@ -275,6 +275,28 @@ def test_a_start_of_another_network_or_data_set_is_refused(found, tmp_path, mode
     prunectl(*argv).refused(2, "--from", "same model and data set")
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("find-ticket", "--criterion", "taylor", "--detector", "epoch:1", "--probe", "canvas"),
+        ("find-ticket", "--detector", "epoch:0.5", "--set", "ticket.draws=2", "--set", "ticket.draw_every=0.5", "--set", "train.ema=0.9"),
+        ("train",),
+        ("sfw-prune", "--constraint", "nm", "--sfw-init", "--sparsity", "0.5", "--set", "sfw.channels=[0.3]"),
+    ],
+)
+def test_test_images_are_read_at_the_end_and_nowhere_else(tmp_path, monkeypatch, argv):
+    """Probes, repair, gradients and re-calibration look at training images, what is shown on the way at validation images."""
+    read, positions = [], data.Dataset._positions
+    monkeypatch.setattr(data.Dataset, "_positions", lambda self, split: read.append(split) or positions(self, split))
+    verb, *flags = argv
+    done = prunectl(verb, *FIND[1:], "--epochs", "2", *flags, "--out", tmp_path)
+    assert done.code == 0, done
+    first = read.index("test")
+    assert {"val", "train"} & set(read[:first]) and (verb == "sfw-prune" or read[first:] == ["test"])
+    logged = (only_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    assert read[:first].count("val") >= len(logged) == 2  # both epochs were over
+
+
 # -- before and beside training ----------------------------------------------------------------------------------------
 
 
@@ -301,6 +323,24 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path, monkeypatch
     prunectl(*FIND, *AT_1, "--target-macs", f"{least * 0.97:.4f}", "--dry-run").refused(3, "cannot be met", f"{least:.3f}")
     assert {g["name"] for g in document["groups"]} and all(g["after"] <= g["before"] for g in document["groups"])
     assert prunectl("train", "resnet8", "fashion-mini", "--dry-run").code == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["train", "find-ticket", "sfw-prune"])
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, verb):
+    """A set that a run would fetch is planned with from its published numbers, and its place is left alone."""
+    monkeypatch.setenv("PRUNECTL_DATA", str(tmp_path / "data"))
+    said = prunectl(verb, "resnet8", "cifar10", "--dry-run", "--out", tmp_path / "runs", "--json")
+    assert said.code == 0 and list(tmp_path.iterdir()) == [], said
+    steps = 45_000 // 128  # a tenth of 50,000 images is carved for validation
+    epochs = recipe.resolve(verb, model="resnet8", dataset="cifar10").train.epochs
+    assert said.document["training_flops"]["dense"] == 6 * said.document["macs"]["dense"] * steps * 128 * epochs
+    assert len(said.document["warnings"]) == 1 and str(tmp_path / "data" / "cifar10") in said.document["warnings"][0]
+    assert verb != "find-ticket" or "outputs" in said.document["locked"]["fc"]
+
+
+def test_a_dry_run_of_what_cannot_be_downloaded_says_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNECTL_DATA", str(tmp_path))
+    prunectl("find-ticket", "resnet50", "imagenet", "--dry-run").refused(6, "image-net.org", str(tmp_path))
 
 
 def test_the_predicted_cost_of_a_dry_run_is_the_tickets(found, tmp_path):

@@ -75,6 +75,16 @@ def test_round_to_and_scope(tmp_path):
     assert len({after / before for before, after in ticket["widths"].values()}) > 1  # a global threshold cuts unevenly
 
 
+@pytest.mark.parametrize(("round_to", "sparsity", "used"), [("auto", "0.4", 2), ("auto", "0.5", 8), ("2", "0.4", 2)])
+def test_widths_finer_than_engines_like_are_warned_of(tmp_path, round_to, sparsity, used):
+    """Unless they were asked for; what rounding changed is shown either way."""
+    run = search_only(tmp_path, "--sparsity", sparsity, "--round-to", round_to)
+    ticket, warned = json.loads((run / "ticket.json").read_text()), [w for w in result_of(run)["warnings"] if "multiples of" in w]
+    assert ticket["round_to"] == used and bool(warned) == (round_to == "auto" and used < 8)
+    unrounded = prunectl(*FIND, "--sparsity", sparsity, "--round-to", "1", "--dry-run", "--json").document
+    assert ticket["unrounded"] == {k: unrounded[k]["ticket"] for k in ("params", "macs")}
+
+
 def test_keep_protects_layers_and_what_is_coupled_to_them(tmp_path):
     run = search_only(tmp_path, "--keep", r"layer3\.", "--sparsity", "0.3125")
     widths = {n: tuple(p.shape) for n, p in package.load(run).named_parameters() if n.endswith("conv1.weight")}

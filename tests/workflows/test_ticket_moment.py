@@ -28,6 +28,8 @@ def test_no_ticket_trains_the_dense_network_to_the_end_and_exits_3(tmp_path):
     assert printed.code == 3 and result["outcome"] == "not-found" and set(result) == COMMON_KEYS | FIND_KEYS
     assert (result["ticket"], result["compact"], result["found_epoch"]) == (None, None, None)
     assert result["params"]["ticket"] is None and result["accuracy"]["final"] is not None and "spline" in result["accuracy"]["reason"]
+    near = min(d["max"] for d in result["distances"] if len(d["to"]) == 3)
+    assert "came nearest after" in result["accuracy"]["reason"] and f"with {near:.3f} where eps is 1e-09" in result["accuracy"]["reason"]
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     assert sum(p.numel() for p in package.load(run).parameters()) == result["params"]["dense"]
     again = prunectl(*argv)
