@@ -56,13 +56,17 @@ def _lines(error: Exception, path: Path) -> list[str]:
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """The file may import its neighbours."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder.resolve()))
+    """The file may import its neighbours; those of the next file, which may have the same names, are others."""
+    before, known, home = list(sys.path), set(sys.modules), folder.resolve()
+    sys.path.insert(0, str(home))
     try:
         yield
     finally:
         sys.path[:] = before
+        for name in set(sys.modules) - known:
+            neighbour = name.partition(".")[0]
+            if (home / f"{neighbour}.py").is_file() or (home / neighbour).is_dir():
+                del sys.modules[name]
 
 
 def _function(path: Path, name: str) -> Callable[..., Any]:

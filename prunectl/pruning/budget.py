@@ -164,12 +164,17 @@ def _refine(
     while error(plan) > budget.slack / 4:
         near = moves(plan)
         best = min(near, key=error, default=plan)
-        if error(best) >= error(plan) > budget.slack:
+        if error(best) >= error(plan) > budget.slack and any(_nearer(share(p), share(plan), budget.keeps) for p in near):
             best = min((further for p in near for further in moves(p)), key=error, default=plan)
         if error(best) >= error(plan):
             return plan
         plan = best
     return plan
+
+
+def _nearer(after: float, before: float, target: float) -> bool:
+    """Whether a move goes towards the target, perhaps beyond it; where none does, every group stands at its end."""
+    return (after - before) * (target - before) > 0
 
 
 def _neighbours(gone: int, channels: int, step: int, floor: int) -> list[int]:

@@ -73,5 +73,5 @@ def forward_flops(macs: int, images: int) -> int:
 
 
 def _zeros(model: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    like = next(model.parameters())
+    like = next(p for p in model.parameters() if p.is_floating_point())
     return torch.zeros((1, *input_shape), device=like.device, dtype=like.dtype)

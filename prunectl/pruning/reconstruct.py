@@ -27,7 +27,7 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
 
     batches: inputs (N, C, H, W) of the network, which runs in eval mode. Returns the number of images seen."""
     lost = _lost_inputs(model, graph, dropped)
-    moments = {name: _Moments() for name in lost}
+    moments = {name: _Moments(1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1) for name in lost}
     hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, m=m: m.add(inputs[0])) for name, m in moments.items()]
     seen = 0
     try:
@@ -47,17 +47,18 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
 class _Moments:
     """Sums of a layer's inputs and of their products over images and positions, both less the first batch's mean.
 
-    Without that shift a variance far below the squared mean would drown in the rounding of the products. While there are
-    fewer rows than channels, as behind a flatten, the rows themselves are kept: they are the smaller."""
+    channels: the dimension that they lie in. Without that shift a variance far below the squared mean would drown in the
+    rounding of the products. While there are fewer rows than channels, as behind a flatten, the rows themselves are kept:
+    they are the smaller."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, channels: int) -> None:
+        self.channels, self.count = channels, 0
         self.shift = self.sum = torch.empty(0)
         self.rows: list[Tensor] = []
         self.products: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        rows = (x.movedim(1, -1) if x.dim() == 4 else x).flatten(0, -2)  # a convolution's channels come second, a linear layer's last
+        rows = x.movedim(self.channels, -1).flatten(0, -2)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if not self.count:
             self.shift = rows.mean(0)

@@ -224,6 +224,9 @@ def _differences(a: ActivationCode, b: ActivationCode) -> list[tuple[int, int]]:
     return pairs
 
 
+_Gates = Callable[[nn.Module, Callable[[Tensor], None]], contextlib.AbstractContextManager[None]]
+
+
 class _ReluInputs(TorchFunctionMode):
     """Hands every ReLU's input to `see`, whether a module, a function or a method calls it."""
 
@@ -259,15 +262,13 @@ def _norm_outputs(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
 def _code(
     model: nn.Module,
     probe: Tensor,
-    gates: Callable[[nn.Module, Callable[[Tensor], None]], contextlib.AbstractContextManager[None]],
+    gates: _Gates,
     max_bytes: int | None,
     empty: str,
 ) -> ActivationCode:
     with evaluating(model), torch.no_grad():
-        widths: list[int] = []
-        with gates(model, lambda x: widths.append(x.numel())):  # window partitions fold space into the first dimension
-            model(probe[:1])
-        if not widths:
+        widths = _widths(model, probe, gates)
+        if not any(widths):
             raise UsageError(f"{type(model).__name__} {empty}; use another detector, e.g. --detector epoch:5")
         subsets = _subsets(widths, len(probe), max_bytes, probe.device)
         packed: list[list[Tensor]] = [[] for _ in widths]
@@ -276,6 +277,8 @@ def _code(
 
             def see(x: Tensor, calls: Iterator[int] = calls, chunk: Tensor = chunk) -> None:
                 layer = next(calls)
+                if not widths[layer]:
+                    return
                 bits = _channels_last(x > 0).reshape(len(chunk), -1)
                 keep = subsets[layer]
                 packed[layer].append(_pack(bits if keep is None else bits[:, keep]))
@@ -286,8 +289,22 @@ def _code(
         tuple(
             LayerCode(torch.cat(parts), width if keep is None else len(keep))
             for parts, width, keep in zip(packed, widths, subsets, strict=True)
+            if width
         )
     )
+
+
+def _widths(model: nn.Module, probe: Tensor, gates: _Gates) -> list[int]:
+    """Units an image of every call that `gates` sees; 0 for one that sees something else than the images, as a learned gate does."""
+
+    def sizes(images: Tensor) -> list[int]:
+        found: list[int] = []
+        with gates(model, lambda x: found.append(x.numel())):  # window partitions fold space into the first dimension
+            model(images)
+        return found
+
+    one = sizes(probe[:1])
+    return one if len(probe) < 2 else [a if b == 2 * a else 0 for a, b in zip(one, sizes(probe[:2]), strict=True)]
 
 
 def _channels_last(bits: Tensor) -> Tensor:

@@ -106,7 +106,10 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
     and the small network has to compute what the large one computes with those channels masked. So a constant in the
     network's code, a softmax over channels or a shuffle, which a trace cannot see, locks the groups that it touches.
     Raises Unsatisfiable when the network cannot be traced."""
-    twin = copy.deepcopy(model).eval()
+    try:
+        twin = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # weights that are computed from others, as torch.nn.utils.weight_norm does it
+        raise Unsatisfiable(f"this {type(model).__name__} cannot be copied, so no smaller one can be made of it: {error}") from error
     graph = _trace(twin, example)
     names = {module: name for name, module in twin.named_modules()}
     groups = _groups(graph, twin)
@@ -190,8 +193,8 @@ def replay(model: nn.Module, steps: Sequence[Dropped], example: Tensor) -> nn.Mo
 
 def _trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     for p in model.parameters():
-        p.requires_grad_(True)  # the tracer follows autograd
-    like = next(model.parameters())
+        p.requires_grad_(p.is_floating_point())  # the tracer follows autograd
+    like = next(p for p in model.parameters() if p.is_floating_point())
     with torch.enable_grad():
         try:
             return tp.DependencyGraph().build_dependency(
@@ -325,18 +328,43 @@ def _unsound(model: nn.Module, groups: Sequence[Group], example: Tensor) -> set[
 
 @torch.no_grad()
 def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
-    """Whether `model` without the dropped channels computes what it computes with them masked, on two random images."""
-    like = next(model.parameters())
+    """Whether `model` without the dropped channels computes what it computes with them masked, on two random images.
+
+    Every dense layer's surviving outputs are compared, each at its own scale: on the way to the logits a difference fades."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.rand((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(like)
     masked = copy.deepcopy(model)
     try:
         small = compact(model, dropped, example)
-        got = small.module(x)
+        got = _dense_outputs(small.module, x)
     except (*_TRACER_ERRORS, RuntimeError, UsageError, Unsatisfiable):
         return False
     _fill(masked, masked_state(model.state_dict(), small.index))
-    expected = masked(x)
-    tolerance = torch.finfo(like.dtype).eps ** 0.5  # summation order costs some eps, a channel misread far more
+    for name, expected in _dense_outputs(masked, x).items():
+        if name:
+            weight, index = model.get_parameter(f"{name}.weight"), small.index[f"{name}.weight"]
+            survivors = (index.flatten(1)[:, 0] // weight[0].numel()).to(x.device)
+            expected = [y.index_select(1 if weight.dim() == 4 else -1, survivors) for y in expected]
+        if len(expected) != len(got.get(name, [])) or not all(map(_same, got[name], expected)):
+            return False
+    return True
+
+
+def _dense_outputs(model: nn.Module, x: Tensor) -> dict[str, list[Tensor]]:
+    """What each dense layer gives, call by call, and under "" what the network does."""
+    seen: dict[str, list[Tensor]] = {"": []}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Dense)}
+    hooks = [m.register_forward_hook(lambda _m, _i, y, n=name: seen.setdefault(n, []).append(y)) for name, m in layers.items()]
+    try:
+        seen[""].append(model(x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5  # summation order costs some eps, a channel misread far more
     return got.shape == expected.shape and bool((got - expected).abs().max() <= tolerance * expected.abs().max())
 
 

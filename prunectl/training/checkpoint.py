@@ -62,7 +62,19 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file. Raises OSError, as on a full disk, which the library's own writing to a file would disguise."""
     with atomic(path) as temporary:
-        temporary.write_bytes(serialised({k: t.detach().cpu().contiguous() for k, t in tensors.items()}))
+        temporary.write_bytes(serialised(_apart(tensors)))
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, one copy for every name: the format has no word for tied weights or other shared memory."""
+    taken: set[int] = set()
+    apart = {}
+    for name, t in tensors.items():
+        t = t.detach().cpu().contiguous()
+        place = t.untyped_storage().data_ptr()
+        apart[name] = t.clone() if place in taken else t
+        taken.add(place)
+    return apart
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -106,9 +106,7 @@ def steps(
         epoch = state.epoch
         torch.manual_seed(seed * 1_000_003 + epoch)  # dropout and the like: a function of (seed, epoch)
         tally = _Tally(torch.zeros((), device=place.device), torch.zeros((), device=place.device, dtype=torch.long))
-        batches = data.train_batches(
-            epoch, batch_size=batch_size, seed=seed, rank=dist.rank(), world=ranks, drop_last=steps_per_epoch > 1 or ranks > 1
-        )
+        batches = data.train_batches(epoch, batch_size=batch_size, seed=seed, rank=dist.rank(), world=ranks)
         wrapped: tuple[nn.Module, nn.Module] | None = None
         for i, (x, y) in enumerate(batches):
             model = state.model

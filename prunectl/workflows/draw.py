@@ -246,8 +246,9 @@ def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, An
 
 
 def _lag(state: TrainState) -> dict[str, Tensor]:
-    """How far the average of the weights is from them, where one is kept: what the small network's average begins with."""
-    return {name: state.average[name] - w.detach() for name, w in state.model.named_parameters()} if state.average else {}
+    """How far the average of the network's weights and statistics is from them, where one is kept: what the small one's begins with."""
+    now = state.model.state_dict() if state.average else {}
+    return {name: (state.average or {})[name] - t for name, t in now.items() if t.is_floating_point()}
 
 
 def _chosen_weights(session: Session, settings: Ticket, search: Search, plan: TicketPlan, small: Compacted) -> nn.Module:

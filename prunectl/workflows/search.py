@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Search:
         search.search_only = ticket.search_only
         search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
         try:
-            watchers["spline"].observe(0.0, session.state.model, search.probe[:1])
+            watchers["spline"].observe(0.0, session.state.model, search.probe[:2])
         except UsageError:
             if name == "spline":
                 raise
@@ -137,7 +137,7 @@ class Search:
             for name, watcher in self.watchers.items():
                 if name in ("early-bird", "epi") and not step.summary:
                     continue
-                reading = watcher.observe(round(step.done, 6), model, self.probe)
+                reading = replace(watcher.observe(step.done, model, self.probe), epoch=round(step.done, 6))
                 images += len(self.probe) if name == "spline" else 0
                 self.readings[name].append(reading)
                 if isinstance(watcher, Spline):

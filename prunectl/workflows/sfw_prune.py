@@ -61,7 +61,7 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
         for step in fit(session, sets, rate_of(session, sets.settings)):
             fade(session, sets.settings, faded, step)
             if step.summary:
-                sets.note(session, step.summary.epoch)
+                sets.note(session)
         return _finish(session, sets)
 
 
@@ -69,12 +69,12 @@ def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None
 class Sets:
     """The sets of a run, made once from the norms of the untouched network, and what each epoch shows.
 
-    weights: a row for each epoch and ranked tensor, of the number of entries above 10^1 ... 10^-10.
+    weights: for each epoch, how many entries of each ranked tensor are above 10^1, ..., 10^-10 (tensors, 12).
     scales: what SFW-Init learned, by parameter name."""
 
     settings: Sfw
     plan: ConstraintPlan = field(default_factory=lambda: ConstraintPlan({}))
-    weights: list[dict[str, Any]] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -94,7 +94,7 @@ class Sets:
         groups = [{"params": [p], "constraint": self.plan.sets[name]} for name, p in parameters.items()]
         return SFW(groups, lr=t.lr, momentum=t.momentum, rescale=s.rescale, weight_decay=t.weight_decay)
 
-    def note(self, session: Session, epoch: int) -> None:
+    def note(self, session: Session) -> None:
         """Where the steps and the weights stand, for the epoch's line of the metrics and for weights.csv."""
         optimizer = session.state.optimizer
         if isinstance(optimizer, SFW):
@@ -106,19 +106,22 @@ class Sets:
                 "screened": int(seen.screened),
             }
         ranked = oneshot.prunable(session.state.model, self.settings.scope)
-        counts = torch.stack([counts_above(w) for w in ranked.values()]).tolist()
-        for (name, w), above in zip(ranked.items(), counts, strict=True):
-            named = {f"above_1e{e}": n for e, n in zip(EXPONENTS, above, strict=True)}
-            self.weights.append({"epoch": epoch, "layer": name, "entries": w.numel(), **named})
-        if dist.rank() == 0:
-            write_csv(session.run.path / "weights.csv", self.weights)
-            write_json(session.run.path / "weights.json", {"schema": 1, "rows": self.weights})
+        self.weights.append(torch.stack([counts_above(w) for w in ranked.values()]).cpu())
+
+    def rows(self, model: nn.Module) -> list[dict[str, Any]]:
+        """`weights` as a table: a row for each epoch and ranked tensor."""
+        ranked = oneshot.prunable(model, self.settings.scope)
+        return [
+            {"epoch": epoch, "layer": name, "entries": w.numel(), **{f"above_1e{e}": n for e, n in zip(EXPONENTS, above, strict=True)}}
+            for epoch, counts in enumerate(self.weights, 1)
+            for (name, w), above in zip(ranked.items(), counts.tolist(), strict=True)
+        ]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {}, {"weights": self.weights, "scales": self.scales}
+        return {"weights": torch.stack(self.weights)} if self.weights else {}, {"scales": self.scales}
 
     def restore(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        self.weights, self.scales = list(meta["weights"]), dict(meta["scales"])
+        self.weights, self.scales = list(tensors.get("weights", ())), dict(meta["scales"])
 
 
 def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tuple[Session, Sets]:
@@ -174,14 +177,14 @@ def _initialised(session: Session, sets: Sets) -> dict[str, float]:
 
 def fade(session: Session, settings: Sfw, removed: Sequence[Target], step: Step) -> None:
     """Shrinks what the next ratio of the sweep would remove, every few steps, the more the later and the higher the rate."""
-    if not settings.fading or not removed or step.index % FADE_EVERY:
+    steps = round(step.done * step.of_epoch)
+    if not settings.fading or not removed or steps % FADE_EVERY:
         return
     train = session.recipe.train
     rate = session.state.optimizer.param_groups[0]["lr"] / train.lr
-    turn = round(step.done * step.of_epoch) // FADE_EVERY
     weights = oneshot.prunable(session.state.model, settings.scope)
     share = FADE_EVERY * settings.fading / (step.of_epoch * train.epochs) * rate * step.done / train.epochs
-    fade_(weights, removed[turn % len(removed)](weights), share)
+    fade_(weights, removed[steps // FADE_EVERY % len(removed)](weights), share)
 
 
 def rate_of(session: Session, settings: Sfw) -> Callable[[float], float]:
@@ -236,6 +239,9 @@ def _write_files(session: Session, sets: Sets, rows: list[dict[str, Any]], dense
 
     path, recipe = session.run.path, session.recipe
     write_csv(path / "sweep.csv", rows)
+    weights = sets.rows(session.state.model)
+    write_csv(path / "weights.csv", weights)
+    write_json(path / "weights.json", {"schema": 1, "rows": weights})
     title = f"{recipe.model.name} on {recipe.data.name}, constraint {sets.settings.constraint}, {recipe.train.epochs} epochs"
     plot_sweep(path / "sweep.png", rows, dense=dense, title=title, split=recipe.data.final)
     if sets.scales:

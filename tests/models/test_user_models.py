@@ -132,3 +132,15 @@ def test_outputs_that_are_no_logits_are_refused(tmp_path: Path) -> None:
     fixed = "from mine import net\n\ndef thousand(in_channels):\n    return net(1000, in_channels)\n"
     with pytest.raises(UsageError, match=r"returned \(2, 1000\) for 2 images; expected logits of shape \(2, 10\)"):
         input_size(f"{write(path.parent, fixed, 'fixed.py')}:thousand", 28)
+
+
+def test_neighbours_of_one_file_are_not_those_of_the_next(tmp_path: Path) -> None:
+    """Two folders, each with a module of the same name."""
+    for name, width in (("one", 16), ("two", 32)):
+        folder = tmp_path / name
+        (folder / "parts").mkdir(parents=True)
+        write(folder, f"W = {width}", "blocks_of_a_test.py")
+        write(folder / "parts", "from blocks_of_a_test import W", "__init__.py")
+        write(folder, NET.replace("from torch import nn", "from torch import nn\nfrom parts import W").replace("8", "W"))
+        assert make(folder / "mine.py")[0].out_channels == width  # type: ignore[index]
+    assert not {"blocks_of_a_test", "parts"} & set(sys.modules)

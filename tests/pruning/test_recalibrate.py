@@ -62,3 +62,20 @@ def test_an_error_on_the_way_restores_modes_and_momentum() -> None:
         recalibrate_(model, [torch.randn(4, 3, 6, 6)])  # three channels where two are expected
     assert model[1].momentum == 0.1
     assert not model[1].training
+
+
+def test_a_short_batch_weighs_what_it_holds() -> None:
+    model, parts = net(), batches((40, 40, 2))
+    recalibrate_(model, parts)
+    weights = torch.tensor([40.0, 40.0, 2.0]) / 82
+    variance = torch.stack([model[0](x).var((0, 2, 3)) for x in parts])
+    torch.testing.assert_close(model[1].running_var, (weights[:, None] * variance).sum(0))
+
+
+def test_a_norm_that_is_called_twice_averages_both() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(2)
+    model = nn.Sequential(norm, nn.Conv2d(2, 2, 1), norm).eval()
+    recalibrate_(model, [x := torch.randn(8, 2, 5, 5) + 3])
+    first = torch.nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(norm.running_mean, (x.mean((0, 2, 3)) + model[1](first).mean((0, 2, 3))) / 2)

@@ -187,6 +187,26 @@ def test_a_learned_weight_kept_positive_is_no_unit() -> None:
     assert [c.units for c in activation_code(randomised(Fused()), images(5)).layers] == [4 * 64]
 
 
+class Gated(nn.Module):
+    """One ReLU sees the images; another a learned table, which is the same whatever the images are."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Linear(6, 10), nn.Linear(entries, entries)
+        self.register_buffer("table", torch.randn(entries))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(x)) * F.relu(self.gate(self.table)).mean()
+
+
+@pytest.mark.parametrize("entries", [5, 16, 64])
+def test_a_relu_that_sees_no_image_has_no_units(entries: int) -> None:
+    torch.manual_seed(0)
+    model, probe = Gated(entries), torch.randn(32, 6)
+    (layer,) = activation_code(model, probe).layers
+    assert layer.units == 10 and np.array_equal(unpacked(layer), (model.layer(probe) > 0).numpy())
+
+
 def test_windows_folded_into_the_batch_stay_with_their_image() -> None:
     """A window partition has (N * windows) rows: the code is still one row an image, and as long as all its windows."""
 

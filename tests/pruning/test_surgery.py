@@ -278,6 +278,50 @@ def test_channels_that_cannot_go_one_by_one_are_locked_and_the_others_free(net: 
     assert difference(unread(model, graph, plan), compact(model, plan, x[:1]).module, x) < EXACT
 
 
+class Mixed(nn.Module):
+    """A stem whose channels are mixed by code that has no weights, and a plain body behind it."""
+
+    def __init__(self, mix: str, depth: int) -> None:
+        super().__init__()
+        self.mix = mix
+        self.stem = nn.Sequential(*conv_bn(3, 16), nn.ReLU())
+        self.body = nn.Sequential(*(m for _ in range(depth) for m in (*conv_bn(16, 16), nn.ReLU())))
+        self.head = nn.Sequential(*head(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.mix == "mean":
+            x = x - x.mean(1, keepdim=True)
+        elif self.mix == "norm":
+            x = 4 * x / (x.norm(dim=1, keepdim=True) + 1e-6)
+        elif self.mix == "softmax":
+            x = 16 * x.softmax(1)
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("depth", [1, 8, 20])
+@pytest.mark.parametrize("mix", ["nothing", "mean", "norm", "softmax"])
+def test_channels_that_code_mixes_are_locked_however_deep_the_network_behind_it(mix: str, depth: int) -> None:
+    """In single precision, in which networks are pruned: what the mixing changes fades on the way to the logits."""
+    locked = [g.name for g in analyse(Mixed(mix, depth), torch.zeros(1, 3, 8, 8)).groups if g.locked]
+    assert locked == [*(["stem.0"] if mix != "nothing" else []), "head.2"]
+
+
+def test_weights_that_are_computed_from_others_are_refused() -> None:
+    model = nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *head(8))
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    model(images(1).float())
+    with pytest.raises(Unsatisfiable, match="cannot be copied"):
+        analyse(model, torch.zeros(1, 3, 8, 8))
+
+
+def test_a_parameter_of_whole_numbers_disturbs_nothing() -> None:
+    model = nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *head(8))
+    model.register_parameter("counter", nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False))
+    assert [g.name for g in analyse(model, torch.zeros(1, 3, 8, 8)).groups if not g.locked] == ["0"]
+
+
 @pytest.mark.parametrize("groups", [2, 4, 8])
 @pytest.mark.parametrize("c_out", [8, 16])
 def test_a_grouped_convolution_is_locked(groups: int, c_out: int) -> None:

@@ -172,3 +172,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_it_is(small_disk):
     found, passed_over = checkpoint.newest(small_disk)
     assert found is not None and found.epoch == 0 and passed_over == []
     assert sorted(p.name for p in small_disk.iterdir()) == ["epoch-00000.json", "epoch-00000.safetensors"]
+
+
+def test_tied_weights_and_views_are_saved_under_each_of_their_names(tmp_path):
+    """The format refuses tensors that share memory; a network with tied weights has them, and so has a detector's thinned code."""
+    whole = torch.arange(12.0)
+    tensors = {"a": whole, "b": whole, "view": whole[4:8], "empty": whole[:0], "none": whole[:0]}
+    checkpoint.save(tmp_path, 1, tensors, {})
+    found, _ = checkpoint.newest(tmp_path)
+    assert found is not None and all(torch.equal(t, found.tensors[k]) for k, t in tensors.items())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunectl import data
 from prunectl.errors import UsageError
 from prunectl.training.evaluate import accuracy
 from prunectl.training.gradients import mean_gradients
@@ -224,3 +225,12 @@ def test_placement(precision, dtype):
 def test_a_device_that_is_none(device):
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
         place(device, "auto")
+
+
+@pytest.mark.parametrize("images", [100, 127])
+def test_an_epoch_of_one_batch_is_one_step(images: int) -> None:
+    """Images beyond the batch sit out, here as in longer epochs."""
+    few, net = data.load("fashion-mini", train_images=images), nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    state = TrainState(net, sgd(net, lr=0.01, momentum=0.9, nesterov=False, weight_decay=0))
+    seen = list(steps(state, few, CPU, lambda done: 0.01, epochs=3, steps_per_epoch=1, batch_size=100, seed=0))
+    assert [(s.done, s.index, s.images, s.summary is not None) for s in seen] == [(e, 1, 100, True) for e in (1, 2, 3)]

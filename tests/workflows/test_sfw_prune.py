@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,14 @@ import prunectl as library
 from prunectl import data
 from prunectl.console import Console
 from prunectl.pruning.constraints import from_dict
+from prunectl.pruning.fade import Target
+from prunectl.pruning.oneshot import global_masks
 from prunectl.recipe import resolve
 from prunectl.rundir import RunDir
+from prunectl.training.loop import Step
 from prunectl.training.schedule import learning_rate
 from prunectl.workflows.folder import Options
-from prunectl.workflows.sfw_prune import prepared, rate_of, start_inside
+from prunectl.workflows.sfw_prune import fade, prepared, rate_of, start_inside
 
 VERB = ("sfw-prune", "resnet8", "fashion-mini")
 SMALL = ("--set", "model.width=0.5", "--set", "data.train_images=400", "--set", "train.batch_size=50", "--precision", "fp32")
@@ -173,11 +176,11 @@ def test_export_prunes_to_the_pattern(nm):
 def test_fading_takes_norm_from_what_will_be_removed(tmp_path):
     """The same training with and without: the weights that 90 % removes carry a smaller part of the norm."""
     removed = {}
-    for fade in ("0", "8"):
-        done = prunectl(*TINY, "--constraint", "none", "--sparsity", "0.9", "--set", f"sfw.fade={fade}", "--out", tmp_path / fade)
+    for strength in ("0", "8"):
+        done = prunectl(*TINY, "--constraint", "none", "--sparsity", "0.9", "--set", f"sfw.fade={strength}", "--out", tmp_path / strength)
         assert done.code == 0, done.err
-        magnitudes = torch.cat([w.abs().flatten() for w in _weights(library.load(only_run(tmp_path / fade))).values()]).sort().values
-        removed[fade] = (magnitudes[: int(0.9 * len(magnitudes))].norm() / magnitudes.norm()).item()
+        magnitudes = torch.cat([w.abs().flatten() for w in _weights(library.load(only_run(tmp_path / strength))).values()]).sort().values
+        removed[strength] = (magnitudes[: int(0.9 * len(magnitudes))].norm() / magnitudes.norm()).item()
     assert removed["8"] < 0.95 * removed["0"], removed
 
 
@@ -320,6 +323,22 @@ def test_the_step_settings_follow_the_constraint():
 
 def _session(tmp_path, recipe):
     return prepared(recipe, RunDir(tmp_path / "run"), Options(out=tmp_path), Console(verbosity=-1))
+
+
+@pytest.mark.parametrize("steps", [3, 4, 8])
+def test_every_ratio_fades_in_turn_however_short_the_epochs(tmp_path, steps):
+    """Every fifth step of the run, whatever the number of steps in an epoch."""
+    recipe = _recipe(overrides={"train.epochs": 30, "sfw.fade": 1.0, "sfw.sparsity": (0.3, 0.6, 0.9)})
+    session, sets = _session(tmp_path, recipe)
+    asked: list[float] = []
+
+    def target(ratio: float) -> Target:
+        return lambda weights: asked.append(ratio) or global_masks(weights, ratio)
+
+    removed = [target(ratio) for ratio in sets.settings.sparsity]
+    for epoch, index in product(range(30), range(1, steps + 1)):
+        fade(session, sets.settings, removed, Step(epoch + index / steps, index, steps, 50, None))
+    assert len(asked) == steps * 30 // 5 and asked[:4] == [0.6, 0.9, 0.3, 0.6]
 
 
 def test_the_rate_follows_the_losses_logged_so_far(tmp_path):

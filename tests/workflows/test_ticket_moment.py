@@ -65,6 +65,24 @@ def test_a_fixed_draw_between_two_probes_is_taken_when_it_is_due(tmp_path):
     assert found["found_epoch"] == 0.6
 
 
+def test_a_fixed_draw_may_be_any_share_of_an_epoch(tmp_path):
+    """A third, in as many decimals as there are, of an epoch of three steps: after the first, not after the second."""
+    argv = (
+        *FIND,
+        "--set",
+        "train.batch_size=66",
+        "--epochs",
+        "1",
+        "--detector",
+        f"epoch:{1 / 3}",
+        "--search-only",
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    assert prunectl(*argv).document["found_epoch"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("flags", [(), ("--search-only",)])
 def test_a_draw_at_epoch_0_is_of_the_network_as_it_was_made(tmp_path, flags):
     done = prunectl(*FIND, "--epochs", "2", "--detector", "epoch:0", *flags, "--out", tmp_path)

@@ -53,6 +53,34 @@ def test_a_users_own_network(tmp_path):
     _goes_through(f"{tmp_path}/nets.py:small", tmp_path / "runs")
 
 
+SMALL_RELU = """
+import torch
+from torch import nn
+class Tied(nn.Module):
+    \"\"\"A ReLU of eight units, two names for one layer, and a linear layer that reads channels last.\"\"\"
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 24, 3, stride=4), nn.BatchNorm2d(24), nn.ReLU())
+        self.squeeze, self.once = nn.Linear(24, 8), nn.Conv2d(24, 24, 1)
+        self.again, self.mix, self.head = self.once, nn.Linear(24, 40), nn.Linear(40, classes)
+        self.excite = nn.Linear(8, 24)
+    def forward(self, x):
+        x = self.stem(x)
+        x = x * torch.sigmoid(self.excite(torch.relu(self.squeeze(x.mean((2, 3))))))[:, :, None, None]
+        x = torch.relu(self.again(torch.relu(self.once(x))))
+        return self.head(torch.relu(self.mix(x.permute(0, 2, 3, 1))).mean((1, 2)))
+def net(num_classes, in_channels):
+    return Tied(in_channels, num_classes)
+"""
+
+
+@pytest.mark.parametrize("extra", [(), ("--set", "train.ema=0.9"), ("--repair", "merge"), ("--repair", "none")])
+def test_a_network_of_small_relus_tied_layers_and_channels_that_lie_last(tmp_path, extra):
+    """Searched over several epochs, so that what the detectors keep goes through checkpoints."""
+    (tmp_path / "nets.py").write_text(SMALL_RELU)
+    _goes_through(f"{tmp_path}/nets.py:net", tmp_path / "runs", "--epochs", 3, "--detector", "epoch:2", *extra)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["densenet121", "mobilenet_v2", "torchvision/mobilenet_v2", "vgg16", "preresnet-20", "alexnet", "resnet50"]

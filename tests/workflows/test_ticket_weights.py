@@ -26,6 +26,16 @@ def test_the_average_of_the_weights_follows_the_surgery(tmp_path):
     assert not torch.allclose(kept["plain"], kept["averaged"], atol=1e-3)
 
 
+def test_the_average_keeps_its_own_batch_norm_statistics(tmp_path):
+    """Without re-calibration the small network's are those that the average of the dense one had, which is what dense/ holds."""
+    settings = ("train.ema=0.9", "train.precision=fp32", "model.width=1", "ticket.recalibration_batches=0")
+    run = search_only(tmp_path, "--repair", "none", *(part for s in settings for part in ("--set", s)))
+    rows = [i for i in range(16) if i not in json.loads((run / "ticket.json").read_text())["dropped"]["conv1"]]
+    small, dense = package.load(run).bn1, package.load(run / "dense").bn1
+    assert torch.allclose(small.running_var, dense.running_var[rows], rtol=1e-5)
+    assert (small.running_var - 1).abs().max() > 0.02, "training must have moved them"
+
+
 def test_merge_is_a_repair_of_its_own(tmp_path):
     runs = {r: search_only(tmp_path / r, *flags) for r, flags in (("none", ("--repair", "none")), ("merge", ("--merge",)))}
     tickets = {r: json.loads((run / "ticket.json").read_text()) for r, run in runs.items()}
