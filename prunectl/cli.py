@@ -42,7 +42,7 @@ SetOpt = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting, e.g. train.lr=0.05 (repeatable)")
 ]
 EpochsOpt = Annotated[int | None, typer.Option("--epochs", help="length of the schedule")]
-SeedOpt = Annotated[int | None, typer.Option("--seed")]
+SeedOpt = Annotated[int | None, typer.Option("--seed", help="of weights, order and augmentation (default 0)")]
 DeviceOpt = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N")]
 PrecisionOpt = Annotated[str | None, typer.Option("--precision", help="auto, fp32, bf16 or fp16")]
 DataDirOpt = Annotated[Path | None, typer.Option("--data-dir", help="where data sets lie; else $PRUNECTL_DATA, else ~/.cache/prunectl")]
@@ -114,6 +114,7 @@ def train(
 ) -> None:
     """Train a dense or an already pruned network.
 
+    \b
     Example: prunectl train resnet18 fashion-mnist --epochs 20 --set model.width=0.25
     """
     overrides = {"train.epochs": epochs, "seed": seed, "train.precision": precision, "start": start, "data.dir": data_dir}
@@ -139,12 +140,14 @@ def find_ticket(
     target_macs: Annotated[float | None, typer.Option("--target-macs", help="share of dense MACs kept")] = None,
     target_params: Annotated[float | None, typer.Option("--target-params", help="share of dense parameters kept")] = None,
     criterion: Annotated[
-        str | None, typer.Option("--criterion", help="which channels go: see `prunectl list criteria`", autocompletion=_names("criteria"))
+        str | None,
+        typer.Option("--criterion", help="which channels go (default spline): see `list criteria`", autocompletion=_names("criteria")),
     ] = None,
     detector: Annotated[
-        str | None, typer.Option("--detector", help="when to draw: spline, early-bird, epi, epoch:N", autocompletion=_names("detectors"))
+        str | None,
+        typer.Option("--detector", help="when: spline (default), early-bird, epi or epoch:N", autocompletion=_names("detectors")),
     ] = None,
-    scope: Annotated[str | None, typer.Option("--scope", help="layerwise or global")] = None,
+    scope: Annotated[str | None, typer.Option("--scope", help="layerwise or global (default layerwise)")] = None,
     eps: Annotated[float | None, typer.Option("--eps", help="distance below which the partition counts as settled")] = None,
     window: Annotated[int | None, typer.Option("--window", help="how many past probes must be that near")] = None,
     probe: Annotated[str | None, typer.Option("--probe", help="batch (training images) or canvas (a plane through two)")] = None,
@@ -175,8 +178,9 @@ def find_ticket(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Draw a spline early-bird ticket: search, prune for good, train on.
+    """Draw an early ticket: search, prune, train on.
 
+    \b
     Example: prunectl find-ticket resnet50 imagenet --data-dir /data --target-macs 0.3
     """
     if merge and repair not in (None, "merge"):
@@ -224,7 +228,7 @@ def sfw_prune(
         str | None,
         typer.Option(
             "--constraint",
-            help="set the weights stay in: see `prunectl list constraints`; none trains by SGD",
+            help="set the weights stay in: see `prunectl list constraints`; none trains by SGD (default nm)",
             autocompletion=_names("constraints"),
         ),
     ] = None,
@@ -261,8 +265,9 @@ def sfw_prune(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Train once by Frank-Wolfe, prune to any sparsity, never retrain.
+    """Train once, prune to any sparsity.
 
+    \b
     Example: prunectl sfw-prune resnet18 fashion-mnist --constraint nm --sparsity 0.5 --sparsity 0.9
     """
     sfw = {
@@ -321,8 +326,9 @@ def export(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Write ONNX and TensorRT files that are proven to be the network.
+    """Write ONNX and TensorRT files, proven equal.
 
+    \b
     Example: prunectl export runs/latest --profile tx2 --trt
     """
     ui = _ui(json, quiet, verbose, no_progress)
@@ -391,6 +397,7 @@ def bench(
 ) -> None:
     """Measure latency and energy, here or on a board.
 
+    \b
     Example: prunectl bench --device jetson --host nvidia@tx2
     """
     said = {
@@ -423,7 +430,11 @@ def list_(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """List what can be named: models, datasets, criteria, detectors, constraints, devices, profiles, recipes."""
+    """List everything that can be named.
+
+    \b
+    Example: prunectl list criteria
+    """
     if kind is not None and kind not in LISTS:
         raise UnknownName("list", kind, LISTS)
     found = {k: _entries(k) for k in ([kind] if kind else LISTS)}
@@ -448,8 +459,9 @@ def show(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Show a run's network: widths before and after, parameters, MACs.
+    """Show a run's widths before and after.
 
+    \b
     Example: prunectl show runs/latest --why layer3.0.conv1
     """
     ui = _ui(json, quiet, verbose, no_progress)
@@ -468,7 +480,13 @@ def demo(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Run the whole loop on the embedded data set, in a few minutes and without a network connection."""
+    """Run the whole loop, in minutes, offline.
+
+    The embedded data set is trained on, pruned, exported and measured here.
+
+    \b
+    Example: prunectl demo
+    """
     ui = _ui(json, quiet, verbose, no_progress)
     from prunectl.workflows import demo as workflow
 
@@ -514,7 +532,8 @@ def _run(argv: list[str]) -> int:
             return int(e.code or 0)
         return _unforeseen(argv, e)  # a user's file that ends the process
     except ParseError as e:
-        return _complain(argv, e.format_message(), ExitStatus.USAGE)
+        where = e.ctx.command_path if e.ctx else "prunectl"
+        return _complain(argv, f"{e.format_message().rstrip('.')}; see `{where} --help`", ExitStatus.USAGE)
     except PrunectlError as e:
         return _complain(argv, str(e), e.status)
     except (KeyboardInterrupt, typer.Abort):

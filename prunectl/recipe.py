@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from prunectl.errors import UsageError
+from prunectl.errors import CorruptFile, UsageError
 from prunectl.registry import canonical
 from prunectl.shipped import shipped
 
@@ -93,7 +94,7 @@ class Ticket(_Section):
     probe_images: int = Field(256, ge=1)
     probes_per_epoch: int = Field(4, ge=1)
     recalibration_batches: int = Field(100, ge=0)
-    draws: int = Field(1, ge=1, description="steps in which the ticket is drawn, each keeping the same share of what the last left")
+    draws: int = Field(1, ge=1, le=20, description="steps in which the ticket is drawn, each keeping the same share of what the last left")
     draw_every: float = Field(1.0, gt=0, description="epochs from one draw to the next")
     rewarm_epochs: float = Field(0.0, ge=0, description="after a draw the learning rate climbs back to the schedule's over so many epochs")
     search_only: bool = False
@@ -288,7 +289,11 @@ def resolve(
     # a user's file is found again from any folder, and is not another project's of that name
     name = f"{Path(file_of_model).expanduser().resolve()}:{function}" if colon else canonical(model)
     default = shipped("recipes") / verb / f"{_slug(name)}-{_slug(dataset)}.yaml"
-    settings = _read(file) if file else (_read(default) if default.is_file() else {})
+    named = os.sep not in model + dataset  # a folder or another library's network is none of the same last name
+    settings = _read(file) if file else (_read(default) if named and default.is_file() else {})
+    for section in SECTION_OF.values():
+        if section != SECTION_OF.get(verb):
+            settings.pop(section, None)  # of another verb's recipe
     settings = {**settings, "verb": verb, "model": {**_section(settings, "model"), "name": name}}
     settings["data"] = {**_section(settings, "data"), "name": dataset}
     if verb in SECTION_OF:
@@ -340,8 +345,11 @@ def validated(settings: Mapping[str, Any]) -> Recipe:
 
 
 def read_back(path: Path) -> Recipe:
-    """The recipe that a run folder keeps."""
-    return validated(_read(path))
+    """The recipe that a run folder keeps. Raises CorruptFile."""
+    try:
+        return validated(_read(path))
+    except UsageError as e:
+        raise CorruptFile(f"{path} is damaged: {e}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -239,3 +239,20 @@ def test_the_starting_point_is_named_for_good(tmp_path, monkeypatch):
 def test_records_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         _find().train.lr = 1.0  # type: ignore[misc]
+
+
+def test_a_namesake_elsewhere_has_no_shipped_recipe():
+    """Only the project's own names mean its recipes: neither another library's network nor a user's folder."""
+    own, defaults = resolve("train", model="resnet18", dataset="cifar10").train, resolve("train", model="nets", dataset="none").train
+    assert own != defaults
+    for model, dataset in (("torchvision/resnet18", "cifar10"), ("timm/resnet18", "cifar10"), ("resnet18", "mine/cifar10")):
+        assert resolve("train", model=model, dataset=dataset).train == defaults
+
+
+def test_the_recipe_of_another_verb_gives_what_both_read(tmp_path):
+    """A dense baseline by the recipe of its ticket is the same run as by one without the ticket's section."""
+    recipe = resolve("find-ticket", model="resnet8", dataset="fashion-mini", sets=["train.epochs=7", "ticket.sparsity=0.3"])
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    train = resolve("train", model="resnet8", dataset="fashion-mini", file=tmp_path / "recipe.yaml")
+    assert train.ticket is None and train.train == recipe.train
+    assert train.run_name == resolve("train", model="resnet8", dataset="fashion-mini", sets=["train.epochs=7"]).run_name

@@ -106,7 +106,9 @@ class BenchReport:
 def report(raw: RawBench) -> BenchReport:
     """The BenchReport of a RawBench."""
     slowest = _slowest_rate(raw)
-    reports = tuple(_artifact(raw, i, slowest) for i in range(len(raw.artifacts)))
+    trained = {a.name: i for i, a in enumerate(raw.artifacts) if a.kind in TRAINED}
+    inferred = {a.name: i for i, a in enumerate(raw.artifacts) if a.kind not in TRAINED}
+    reports = tuple(_artifact(raw, i, trained.get(name, i), slowest) for name, i in (trained | inferred).items())
     return BenchReport(reports, tuple(_ratios(raw)), tuple(_warnings(raw)), raw.simulated)
 
 
@@ -147,7 +149,8 @@ def _or_none(compute: Callable[[], Any]) -> Any:
         return None
 
 
-def _artifact(raw: RawBench, index: int, slowest: float | None) -> ArtifactReport:
+def _artifact(raw: RawBench, index: int, trained: int, slowest: float | None) -> ArtifactReport:
+    """Of the artifact `index`; trained: under which number the same network took optimizer steps."""
     artifact, windows = raw.artifacts[index], windows_of(raw, "load", index)
     latencies = np.concatenate([w.latency_ns for w in windows]) / 1e6 if windows else np.zeros(0)
     power = _or_none(lambda: float(np.median([energy.mean_power_mw(raw, w) for w in windows])) / 1e3) if windows else None
@@ -161,7 +164,7 @@ def _artifact(raw: RawBench, index: int, slowest: float | None) -> ArtifactRepor
         latency_ms=stats.percentiles(latencies) if windows else None,
         throughput_per_s=float(np.median([_throughput(w, artifact.batch) for w in windows])) if windows else None,
         energy=_energy(raw, artifact, windows, slowest) if windows else None,
-        train=_train(raw, artifact, windows_of(raw, "train", index)),
+        train=_train(raw, raw.artifacts[trained], windows_of(raw, "train", trained)),
         power_w=power,
         environment=raw.environment,
     )

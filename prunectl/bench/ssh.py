@@ -29,7 +29,10 @@ MEANINGS = (
     ("Permission denied", "it refused your key: try `ssh {host}`, then `ssh-copy-id {host}`"),
     ("Too many authentication failures", "it refused your keys: name the right one in ~/.ssh/config (IdentityFile, IdentitiesOnly)"),
     ("Could not resolve hostname", "its name is not known: check the spelling, or your ~/.ssh/config"),
-    ("Connection refused", "nothing listens for ssh there: is the board up, is sshd running, is the port right?"),
+    (
+        "Connection refused",
+        "nothing listens for ssh there: check that the board is up, that sshd runs on it, and the Port in ~/.ssh/config",
+    ),
     ("timed out", "it does not answer: is the board up and on this network?"),
     ("No route to host", "it is not reachable: is the board up and on this network?"),
     ("Network is unreachable", "it is not reachable: is this computer on the board's network?"),

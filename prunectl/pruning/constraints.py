@@ -240,7 +240,7 @@ class LpBall:
 @constraints.register(name="none")
 @dataclass(frozen=True)
 class Unconstrained:
-    """No constraint: the optimizer becomes SGD with averaged momentum, and only here weight decay applies."""
+    """No constraint: `sfw-prune` trains by plain SGD, the rival; `SFW` itself by SGD with averaged momentum. Only here weights decay."""
 
     kind: ClassVar[str] = "none"
 

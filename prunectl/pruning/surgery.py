@@ -203,7 +203,7 @@ def _trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
         except _TRACER_ERRORS as error:
             raise Unsatisfiable(
                 f"the channels of this {type(model).__name__} cannot be followed, so none can be removed: it splits, shuffles or"
-                f" reshapes them beyond what is understood ({type(error).__name__}: {error})"
+                f" reshapes them beyond what is understood; train it as it is, or take another network ({type(error).__name__}: {error})"
             ) from error
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunectl import models
-from prunectl.errors import CorruptFile, UsageError, VerificationFailed
+from prunectl.errors import CorruptFile, UnknownName, UsageError, VerificationFailed
 from prunectl.files import sha256, write_json
 from prunectl.pruning import cost
 from prunectl.pruning.surgery import replay
@@ -45,7 +45,7 @@ class CompactModel:
             raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}; write the model again")
         try:
             model = rebuild(self.plan["model"], self.plan["steps"])
-        except (TypeError, ValueError, KeyError) as e:
+        except (TypeError, ValueError, KeyError, UnknownName) as e:
             raise CorruptFile(f"{self.path / PLAN} describes no network ({type(e).__name__}: {e}); write the model again") from None
         try:
             model.load_state_dict(read_tensors(weights))

@@ -59,7 +59,7 @@ def _device(text: str) -> torch.device:
         device = dist.local_device(text)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UsageError(f"--device {text}: expected auto, cpu, cuda or cuda:N")
     return device
 

@@ -78,13 +78,13 @@ def _networks(request: Request) -> list[Path]:
 
 
 def _expanded(path: Path) -> list[Path]:
-    """What `path` stands for: a run's dense and pruned network, one saved network, or an ONNX file."""
+    """What `path` stands for: a run's dense and pruned networks, one saved network, or an ONNX file."""
     if path.suffix == ".onnx":
         if not path.is_file():
             raise UsageError(f"{path} is not a file; expected an ONNX model or a run")
         return [path]
-    both = [path / part for part in ("dense", "compact") if (path / part / compactmodel.PLAN).is_file()]
-    return both or [compactmodel.locate(path)]
+    several = [p.parent for part in ("dense", "compact", "model", "channels-*") for p in sorted(path.glob(f"{part}/{compactmodel.PLAN}"))]
+    return several or [compactmodel.locate(path)]
 
 
 def _names(networks: Sequence[Path]) -> list[str]:

@@ -15,6 +15,7 @@ from prunectl.recipe import Recipe, Ticket
 from prunectl.rundir import RunDir
 from prunectl.workflows.draw import preflight
 from prunectl.workflows.folder import Options
+from prunectl.workflows.search import Search
 from prunectl.workflows.session import begin
 from prunectl.workflows.sfw_prune import prepared
 
@@ -28,7 +29,10 @@ def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
     info, dense = session.data.info, cost.count(session.state.model, session.input_shape)
     flops = cost.training_flops(dense.macs, session.dense_images)
     settings = recipe.ticket or Ticket()
-    plan = preflight(session, settings) if recipe.verb == "find-ticket" else None  # a refusal stands alone
+    plan = None
+    if recipe.verb == "find-ticket":  # a refusal stands alone
+        plan = preflight(session, settings)
+        Search.of(session, settings)
     ui.table(
         f"{recipe.verb} {recipe.model.name} {info.name}",
         ["", "value"],

@@ -15,7 +15,7 @@ from prunectl.console import Console
 from prunectl.errors import DeviceUnavailable, UsageError, VerificationFailed
 from prunectl.export import bundle, tensorrt
 from prunectl.export.artifact import Artifact
-from prunectl.export.profiles import Profile
+from prunectl.export.profiles import Profile, load
 from prunectl.export.tensorrt import Compiler
 from prunectl.files import sha256
 
@@ -70,11 +70,16 @@ def place(profile: Profile | None, host: str | None) -> Place:
 
 
 def default_profile(where: Place, python: tuple[str, ...] = Settings.python) -> str:
-    """The name of the profile for what stands there; for a board it is asked, and for nowhere the oldest reader is assumed.
+    """The name of the profile for what stands there: the newest that a TensorRT here reads, what a board says it is, and for nowhere
+    the oldest.
 
-    Raises DeviceUnavailable if a board does not answer."""
+    Raises DeviceUnavailable if a board does not answer, or the TensorRT here is older than every profile."""
     if isinstance(where, Compiler):
-        return "gpu"
+        release = tuple(map(int, where.version.split(".")[:2]))
+        for name in ("gpu", "orin", "tx2"):
+            if release >= (load(name).tensorrt or ()):
+                return name
+        raise DeviceUnavailable(f"TensorRT {where.version} is older than every export profile: ship the ONNX file of --profile tx2 instead")
     if isinstance(where, Nowhere):
         return "tx2"
     at_once = Settings(repeats=1, idle_s=0, refresh_probe_s=0, warmup_s=0, python=python)

@@ -6,7 +6,7 @@ it, then measure the written FILE on the test split. Whatever fails leaves no fi
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -180,7 +180,11 @@ def check_folder(folder: Path) -> None:
 def writable(folder: Path) -> bool:
     """It is a folder that takes files, or can be made."""
     there = _existing(folder)
-    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return True
+    except OSError:
+        return False
 
 
 def _existing(folder: Path) -> Path:

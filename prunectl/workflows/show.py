@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.console import Console, percent, si
-from prunectl.errors import RunFolderError, UnknownName, UsageError
+from prunectl.errors import CorruptFile, RunFolderError, UnknownName, UsageError
 from prunectl.export.artifact import read_record, record_path
 from prunectl.rundir import RunDir, read_json, read_jsonl
 from prunectl.training import compactmodel
@@ -21,6 +21,8 @@ def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
     run = RunDir(path)
     if run.recipe.is_file() and not run.finished:
         rows = read_jsonl(run.metrics)
+        if rows and not {"epoch", "val_top1"} <= rows[-1].keys():
+            raise CorruptFile(f"{run.metrics}: its last line says neither epoch nor validation accuracy; delete that line")
         last = f"epoch {rows[-1]['epoch']}, validation {rows[-1]['val_top1']:.2f} %" if rows else "no epoch finished"
         ui.say(f"{path} is unfinished ({last}); go on with the same command and --resume")
         return {"schema": 1, "verb": "show", "outcome": "unfinished", "path": str(path), "metrics": rows}

@@ -9,6 +9,7 @@ from export_nets import SPEC, images
 
 from prunectl.errors import CorruptFile, DeviceUnavailable, UsageError, VerificationFailed
 from prunectl.export import graph, onnx, profiles, quantize, tensorrt, trt_build
+from prunectl.workflows.engine import default_profile
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install 'prunectl[rtx]' to compile")
 
@@ -212,3 +213,15 @@ def test_graphs_for_older_readers_are_taken_by_the_newest_too(tx2_model, orin_mo
         path.write_bytes(model.SerializeToString())
         assert tensorrt.refusals(path, tensorrt.rtx_compiler(("SM86",)), profile=rtx) == []
         assert graph.read(path).graph.name == model.graph.name
+
+
+@pytest.mark.parametrize(
+    ("version", "profile"), [("11.0.1", "gpu"), ("10.0.0.6", "gpu"), ("8.6.1", "orin"), ("8.5.2.2", "orin"), ("8.2.1.8", "tx2")]
+)
+def test_the_profile_is_the_newest_that_the_tensorrt_here_reads(version, profile):
+    assert default_profile(tensorrt.Compiler("tensorrt", version, ("Orin (SM87)",))) == profile
+
+
+def test_a_tensorrt_older_than_every_profile_is_refused():
+    with pytest.raises(DeviceUnavailable, match=r"7\.1\.3 is older than every export profile"):
+        default_profile(tensorrt.Compiler("tensorrt", "7.1.3", ("TX2",)))

@@ -204,6 +204,14 @@ def test_show_lists_layers_before_and_after(found):
     assert sum(layer["params"] for layer in document["layers"]) < document["params"]
 
 
+def test_show_of_an_unfinished_run_with_a_strange_line(found, tmp_path):
+    run = shutil.copytree(found[0], tmp_path / found[0].name)
+    (run / "result.json").unlink()
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"epoch": 3}\n')
+    prunectl("show", run).refused(4, "metrics.jsonl", "last line")
+
+
 def test_show_finds_the_latest_run_by_itself(found, monkeypatch):
     monkeypatch.chdir(found[0].parent.parent)
     assert prunectl("show").code == 0
@@ -336,6 +344,12 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, verb):
     assert said.document["training_flops"]["dense"] == 6 * said.document["macs"]["dense"] * steps * 128 * epochs
     assert len(said.document["warnings"]) == 1 and str(tmp_path / "data" / "cifar10") in said.document["warnings"][0]
     assert verb != "find-ticket" or "outputs" in said.document["locked"]["fc"]
+
+
+@pytest.mark.parametrize(("flags", "word"), [(("--detector", "epoch:x"), "epoch:5"), (("--detector", "spline:3"), "only epoch")])
+def test_a_dry_run_refuses_what_the_run_would(flags, word):
+    prunectl(*FIND, *flags, "--dry-run").refused(2, word)
+    prunectl(*FIND, "--detector", "epoch:1", "--eps", "0.1", "--dry-run").refused(2, "leave eps out")
 
 
 def test_a_dry_run_of_what_cannot_be_downloaded_says_where_it_comes_from(tmp_path, monkeypatch):
