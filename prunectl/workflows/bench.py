@@ -6,7 +6,7 @@ report is computed from them alone."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from prunectl.bench import devices as device_room
 from prunectl.bench.onnxfile import opened
 from prunectl.bench.records import Job, OnnxModel, RawBench, Settings, Training, TrainModel
-from prunectl.bench.report import report, training_total
+from prunectl.bench.report import BenchReport, report, training_total
 from prunectl.console import Console
 from prunectl.errors import CorruptFile, UsageError
 from prunectl.export.artifact import read_record
@@ -68,7 +68,8 @@ def bench(request: Request, ui: Console) -> dict[str, Any]:
         training, reason = _training(networks, job.train)
         raw = replace(raw, training=training, training_reason=reason)
     kept = folder / f"raw-{plan.device}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    return _result(raw, raw.write(kept), networks[0], begin, ui)
+    macs = {name: compactmodel.read(n).plan["macs"] for n, name in zip(networks, names, strict=True) if n.suffix != ".onnx"}
+    return _result(raw, raw.write(kept), networks[0], begin, ui, macs)
 
 
 def _networks(request: Request) -> list[Path]:
@@ -194,9 +195,12 @@ def _folder(request: Request, first: Path) -> Path:
     return request.out or (run.path if run else first.parent if first.suffix == ".onnx" else first) / "bench"
 
 
-def _result(raw: RawBench, kept: Path, network: Path | None, begin: float, ui: Console) -> dict[str, Any]:
+def _result(
+    raw: RawBench, kept: Path, network: Path | None, begin: float, ui: Console, macs: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """macs: of an image, by the networks' names, where they are known."""
     found = report(raw)
-    for sentence in found.warnings:
+    for sentence in (*found.warnings, *_slower_though_smaller(found, macs or {})):
         ui.warn(sentence)
     run = _run_of(network) if network else None
     asked = read_back(run.recipe) if run else None
@@ -220,6 +224,18 @@ def _result(raw: RawBench, kept: Path, network: Path | None, begin: float, ui: C
         "versions": versions(),
         "warnings": list(ui.warnings),
     }
+
+
+def _slower_though_smaller(found: BenchReport, macs: Mapping[str, int]) -> Iterator[str]:
+    """What no user expects: fewer MACs, more time. Narrow or odd widths, or many small layers, can do that."""
+    for r in found.ratios:
+        fewer = macs.get(r.numerator, 0) < macs.get(r.denominator, 0)
+        if r.metric == "latency_ms" and r.differs and r.median > 1 and fewer:
+            share = macs[r.numerator] / macs[r.denominator]
+            yield (
+                f"{r.numerator} has {share:.2f} of the MACs of {r.denominator} and is slower here: MACs are no measure of time; "
+                "try widths in multiples of 8 or 16 (find-ticket --round-to) or larger batches"
+            )
 
 
 def show(result: dict[str, Any], ui: Console) -> None:

@@ -200,6 +200,28 @@ def test_the_networks_of_an_sfw_run(tmp_path):
     assert [r["artifact"] for r in measured(done.document["run"], *SWIFT)["reports"]] == ["model", "channels-0.3"]
 
 
+NETS = """
+from torch import nn
+def wide(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 64, 5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+def deep(num_classes, in_channels):
+    many = (m for _ in range(150) for m in (nn.Conv2d(2, 2, 1), nn.ReLU()))
+    return nn.Sequential(nn.Conv2d(in_channels, 2, 9, stride=9), *many, nn.Flatten(), nn.Linear(18, num_classes))
+"""
+
+
+def test_fewer_macs_that_take_more_time_are_said(tmp_path):
+    (tmp_path / "nets.py").write_text(NETS)
+    train = ("--epochs", "0", "--set", "data.train_images=100", "--out", tmp_path / "runs", "--json")
+    wide, deep = (prunectl("train", f"{tmp_path}/nets.py:{name}", "fashion-mini", *train).document["run"] for name in ("wide", "deep"))
+    said = measured(deep, *SWIFT, "--baseline", wide)
+    (ratio,) = (r for r in said["ratios"] if r["metric"] == "latency_ms")
+    slower = [w for w in said["warnings"] if "is slower here" in w]
+    assert len(slower) == (ratio["differs"] and ratio["median"] > 1), "150 layers, each a call, take more time than one large layer"
+    assert ratio["median"] > 1
+    assert not [w for w in measured(wide, *SWIFT, "--baseline", deep)["warnings"] if "is slower here" in w]
+
+
 def test_a_folder_that_takes_no_files_is_refused_before_anything_is_measured(run):
     """Whoever asks: to root, permissions say yes."""
     prunectl("bench", run, *SWIFT, "--out", "/proc/nothing").refused(2, "/proc/nothing cannot be written to")
