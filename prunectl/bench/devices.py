@@ -39,7 +39,7 @@ def cpu(job: Job, settings: Settings, *, target: str | None = None, say: Say) ->
 
     from prunectl.bench import latency
 
-    with latency.pinned(settings.threads) as cores, host_sampler(settings.period_ms) as sampler:
+    with host_sampler(settings.period_ms) as sampler, latency.pinned(settings.threads) as cores:  # the sampler keeps all cores
         calls: list[Call] = []
         artifacts = []
         for model in job.models:

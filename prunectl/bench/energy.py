@@ -53,6 +53,8 @@ def rail_energy_mj(power: Power, rail: Rail, window: Window) -> float:
     """Energy of one rail over a window in mJ. Raises NotMeasured."""
     t, values = readings(power, rail.name)
     if rail.unit == "uJ":
+        if power.period_ms is not None:  # else it is read at the edges of windows only
+            stats.check_stamps(t, window.start_ns, window.end_ns, longest_gap_s=longest_gap_s(power))
         return stats.counter_difference_mj(t, values, window.start_ns, window.end_ns, wrap_uj=rail.wrap)
     stats.check_stamps(t, window.start_ns, window.end_ns, longest_gap_s=longest_gap_s(power))
     return stats.power_integral_mj(t, values, window.start_ns, window.end_ns)
@@ -81,6 +83,8 @@ def check_alive(raw: RawBench, rail: str) -> None:
 
 
 def mean_power_mw(raw: RawBench, window: Window) -> float:
+    if window.end_ns == window.start_ns:
+        raise NotMeasured(f"the {window.kind} window is empty")
     return window_energy_mj(raw, window) / ((window.end_ns - window.start_ns) / 1e9)
 
 

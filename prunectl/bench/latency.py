@@ -9,7 +9,7 @@ import copy
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,23 @@ def cores_for(threads: int | None) -> list[int]:
 
 @contextlib.contextmanager
 def pinned(threads: int | None) -> Iterator[list[int]]:
-    """The cores that this process, and every thread it starts meanwhile, may use: `cores_for(threads)`."""
+    """The cores that all threads of this process, old and new, may use meanwhile: `cores_for(threads)`."""
     allowed, cores = os.sched_getaffinity(0), cores_for(threads)
     before = torch.get_num_threads()
-    os.sched_setaffinity(0, cores)
+    _bind(cores)
     torch.set_num_threads(len(cores))
     try:
         yield cores
     finally:
-        os.sched_setaffinity(0, allowed)
+        _bind(allowed)
         torch.set_num_threads(before)
+
+
+def _bind(cores: Iterable[int]) -> None:
+    """Binds every thread that there is: those that torch keeps from before, and those started since."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread), cores)
 
 
 def load_window(

@@ -272,10 +272,11 @@ def _warnings(raw: RawBench) -> list[str]:
     batches = sorted({raw.artifacts[w.artifact].batch for w in loads if w.artifact is not None})
     if len(batches) > 1:
         found.append(f"latency is of a whole batch, and the batches are {' and '.join(map(str, batches))}: compare images a second")
-    found += _sensor_warnings(raw, loads)
+    found += _sensor_warnings(raw, loads, [w for w in raw.windows if w.kind == "train"])
     for index, artifact in enumerate(raw.artifacts):
         name = f"training {artifact.name}" if artifact.kind in TRAINED else artifact.name
-        rises = [change for w in windows_of(raw, "load", index) if (change := stats.drift(w.latency_ns)) > DRIFT]
+        busy = [*windows_of(raw, "load", index), *windows_of(raw, "train", index)]
+        rises = [change for w in busy if (change := stats.drift(w.latency_ns)) > DRIFT]
         if rises:
             text = f"latency rose within {len(rises)} of its windows, by up to {max(rises):.1%}"
             found.append(f"{name}: {text}: heat, a governor, or other programs; fix the clocks, cool, wait for quiet")
@@ -291,14 +292,16 @@ def _warnings(raw: RawBench) -> list[str]:
     return found + ([f"training: {raw.train_reason}"] if raw.train_reason else [])
 
 
-def _sensor_warnings(raw: RawBench, loads: Sequence[Window]) -> list[str]:
+def _sensor_warnings(raw: RawBench, loads: Sequence[Window], trains: Sequence[Window]) -> list[str]:
     found = []
     refresh = _or_none(lambda: energy.refresh_ms(raw))
-    shortest_s = min(((w.end_ns - w.start_ns) / 1e9 for w in loads), default=None)
-    if refresh and shortest_s and shortest_s < ENOUGH_REFRESHES * refresh / 1e3:
-        found.append(
-            f"the sensor has a new number every {refresh:.0f} ms: a window of {shortest_s:.1f} s holds fewer than {ENOUGH_REFRESHES}"
-        )
+    for windows, more in ((loads, "--duration"), (trains, "--set bench.train_steps")):
+        shortest_s = min(((w.end_ns - w.start_ns) / 1e9 for w in windows), default=None)
+        if refresh and shortest_s and shortest_s < ENOUGH_REFRESHES * refresh / 1e3:
+            found.append(
+                f"the sensor has a new number every {refresh:.0f} ms: a {windows[0].kind} window of {shortest_s:.1f} s holds fewer than "
+                f"{ENOUGH_REFRESHES}; raise {more}"
+            )
     step, idle = _or_none(lambda: energy.quantum_mw(raw)), _or_none(lambda: energy.idle_mw(raw))
     busy = _or_none(lambda: float(np.median([energy.mean_power_mw(raw, w) for w in loads]))) if loads else None
     if step and idle is not None and busy is not None and step > DRIFT * abs(busy - idle):

@@ -72,13 +72,16 @@ class GpuEnergyCounter:
 
     def _open(self, index: int) -> str | None:
         """None when the counter works, else why it does not."""
+        import torch
+
         try:
             import pynvml
         except ImportError:
             return "nvidia-ml-py is not installed: pip install 'prunectl[nvml]'"
         try:
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            # by identity: NVML counts all GPUs in the order of their slots, CUDA those that are visible, the fastest first
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(index).uuid}")
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         except pynvml.NVMLError as error:
             return f"the GPU has no energy counter: {error}"

@@ -47,15 +47,19 @@ def power_integral_mj(t_ns: ArrayLike, power_mw: ArrayLike, start_ns: int, end_n
 
 
 def counter_difference_mj(t_ns: ArrayLike, counter_uj: ArrayLike, start_ns: int, end_ns: int, *, wrap_uj: int | None = None) -> float:
-    """Energy in mJ between two times of a counter of uJ that starts again at wrap_uj, interpolated at the edges."""
+    """Energy in mJ between two times of a counter of uJ that starts again at wrap_uj, interpolated at the edges.
+
+    Raises NotMeasured where it did not move, or fell by what is no wrap: half the range between two readings is a reset."""
     t, c = _seconds(t_ns, start_ns), np.asarray(counter_uj, dtype=np.float64)
     end = (end_ns - start_ns) / 1e9
     _need_brackets(t, end)
     steps = np.diff(c, prepend=c[0])
-    if wrap_uj is None and (steps < 0).any():
+    if (steps < 0).any() and (wrap_uj is None or (steps[steps < 0] + wrap_uj).max() > wrap_uj / 2):
         raise NotMeasured("the energy counter went backwards")
     total = np.cumsum(np.where(steps < 0, steps + (wrap_uj or 0), steps))
     at_start, at_end = np.interp([0.0, end], t, total)
+    if at_end <= at_start:
+        raise NotMeasured(f"the energy counter did not move in {end:.2f} s: it updates more slowly, or not at all")
     return float(at_end - at_start) / 1e3
 
 
@@ -138,7 +142,11 @@ def confidence_95(samples: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """Ratio of each repeat: neighbours in time share temperature and clocks, so they are compared with each other."""
+    """Ratio of each repeat: neighbours in time share temperature and clocks, so they are compared with each other.
+
+    Raises NotMeasured where a denominator is 0."""
+    if 0 in denominator:
+        raise NotMeasured("what it is compared with took nothing")
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 

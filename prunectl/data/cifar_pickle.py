@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+import pickletools
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,10 +34,11 @@ class _Array:
     shape: Any = ()
     code: Any = None
     content: Any = b""
+    order: Literal["C", "F"] = "C"
 
     def __setstate__(self, state: Any) -> None:
-        _version, self.shape, dtype, _fortran, self.content = state
-        self.code = dtype.code
+        _version, self.shape, dtype, fortran, self.content = state
+        self.code, self.order = dtype.code, "F" if fortran else "C"
 
 
 def _reconstruct(*_: Any) -> _Array:
@@ -65,18 +67,26 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which no CIFAR file does; nothing was executed") from None
 
 
+def _check_memo(raw: bytes) -> None:
+    """Raises ValueError for an index that would make the unpickler reserve more places than the file has bytes."""
+    for operation, argument, _ in pickletools.genops(raw):
+        if operation.name.endswith("PUT") and int(argument or 0) > len(raw):
+            raise ValueError(f"it numbers an object {argument}")
+
+
 def parse_cifar_pickle(raw: bytes, name: str, labels_key: str) -> tuple[Pixels, Index]:
     """One pickled batch: `data`, uint8 (N, 3072), and the list `labels_key` (`labels` or `fine_labels`).
 
     Layout: https://www.cs.toronto.edu/~kriz/cifar.html, "Python version". Raises DataMissing if it is anything else."""
     try:
+        _check_memo(raw)
         batch = _Unpickler(io.BytesIO(raw), encoding="bytes").load()
         fields = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
         array, labels = fields["data"], np.array(fields[labels_key], dtype=np.int64)
         content = array.content.encode("latin1") if isinstance(array.content, str) else array.content
         if array.code not in ("u1", b"u1") or len(array.shape) != 2 or array.shape[1] != 3072 or labels.shape != array.shape[:1]:
             raise ValueError(f"data of type {array.code} and shape {array.shape} for labels of shape {labels.shape}")
-        return np.frombuffer(content, np.uint8).reshape(array.shape).reshape(-1, 3, 32, 32), labels
+        return np.frombuffer(content, np.uint8).reshape(array.shape, order=array.order).reshape(-1, 3, 32, 32), labels
     except KeyError as missing:
         raise damaged(name, f"has no entry {missing}") from None
     except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as problem:

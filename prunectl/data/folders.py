@@ -71,7 +71,7 @@ def annotated_split(root: Path, split: str, annotations: str) -> Listing:
     try:
         with open(table, newline="", encoding="utf-8") as file:
             rows = [(row[0], row[1]) for row in csv.reader(file, delimiter="\t")]
-    except (OSError, IndexError, UnicodeDecodeError) as problem:
+    except (OSError, IndexError, UnicodeDecodeError, csv.Error) as problem:
         raise DataMissing(f"{table} cannot be read as lines of IMAGE, CLASS ({problem}): unpack the archive again.") from None
     present = set(images_below(root, split))
     names = [f"{split}/images/{name}" for name, _ in rows]

@@ -36,6 +36,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         raw = _gunzipped(raw, path)
     if len(raw) < 4 or raw[:3] != bytes([0, 0, IDX_UINT8]):
         raise damaged(path, f"starts with {raw[:4].hex(' ') or 'nothing'} where an IDX file of bytes starts with 00 00 08")
+    if not 1 <= raw[3] <= 3:
+        raise damaged(path, f"has {raw[3]} dimensions where labels have 1 and images 3")
     start = 4 + 4 * raw[3]
     if len(raw) < start:
         raise damaged(path, f"ends after {len(raw)} bytes, inside its header")
@@ -43,7 +45,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     expected = start + int(np.prod(shape, dtype=object))
     if len(raw) != expected:
         raise damaged(path, f"its header announces {expected} bytes and it has {len(raw)}")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    except ValueError:  # a size of 0 lets the others be anything
+        raise damaged(path, f"its header announces an array of shape {shape}") from None
 
 
 def read_mnist_pair(images: Path, labels: Path) -> tuple[Pixels, Index]:

@@ -45,7 +45,10 @@ def read_mat(path: Path) -> dict[str, Array]:
 def _matrices(raw: bytes, order: str) -> Iterator[tuple[str, Array]]:
     for kind, data in _elements(raw, order):
         if kind == COMPRESSED:
-            yield from _matrices(zlib.decompress(data), order)
+            inside = zlib.decompress(data)
+            if any(nested == COMPRESSED for nested, _ in _elements(inside, order)):
+                raise ValueError("a compressed element in a compressed one")
+            yield from _matrices(inside, order)
         elif kind == MATRIX:
             parts = list(_elements(data, order))
             (_, dims), (_, name), (stored, values) = parts[1:4]

@@ -260,8 +260,8 @@ class Unconstrained:
 
 
 def filter_norms(x: Tensor) -> Tensor:
-    """(C,) L2 norms of the C filters x[c], of x (C, ...)."""
-    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim()))) if x.dim() > 1 else x.abs()
+    """(C,) float64 L2 norms of the C filters x[c], of x (C, ...)."""
+    norms: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(1, x.dim())), dtype=torch.float64) if x.dim() > 1 else x.abs().double()
     return norms
 
 
@@ -276,7 +276,7 @@ def _mul(g: Tensor, mask: Tensor, memory: Tensor | None) -> Tensor:
 
 
 def _norm(x: Tensor, p: float = 2) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, p, dtype=torch.float32 if x.itemsize < 4 else x.dtype)
+    norm: Tensor = torch.linalg.vector_norm(x, p, dtype=torch.float64)  # squares of 1e19 and of 1e-23 leave float32
     return norm
 
 

@@ -152,10 +152,9 @@ def _average_and_select_(job: Job, shaped: Tensor) -> Sums:
     if signs:
         uu = float(k + surplus if kth else u.count_nonzero())
     if surplus and kth:
-        ties = last_ties(job.m, kth, surplus)
-        wu -= float((job.w.detach()[ties] * shaped[ties]).sum())
-        uu -= float(shaped[ties].square().sum())
-        shaped[ties] = 0
+        shaped[last_ties(job.m, kth, surplus)] = 0  # what is left is summed again: taking the ties off the sums would cancel
+        wu = sum(float(torch.dot(x.double(), y.double())) for x, y in _parts(w, u))
+        uu = float(k) if signs else _square(u)
     return Sums(norm2, ww, wu, uu)
 
 

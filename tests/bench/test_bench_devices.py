@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import standin_board
 import torch
 from small_models import onnx_model, train_model
 
+from prunectl.bench import latency
 from prunectl.bench.board import agent_path, measure
 from prunectl.bench.devices import devices, parse
 from prunectl.bench.records import Job, OnnxModel, RawBench, Settings
@@ -306,3 +308,21 @@ def test_training_without_torch_keeps_the_rest(board, pair, monkeypatch):
     if "No module named 'torch'" in (raw.train_reason or ""):
         assert result.reports[0].train.ms_per_step is None and "the container has it" in result.reports[0].train.reason
         assert any("training:" in w for w in result.warnings)
+
+
+def test_every_thread_is_bound_and_given_back():
+    """Those that torch had before, too, and those that it starts inside."""
+
+    def masks() -> set[frozenset[int]]:
+        return {frozenset(os.sched_getaffinity(int(t))) for t in os.listdir("/proc/self/task")}
+
+    allowed, stop = frozenset(os.sched_getaffinity(0)), threading.Event()
+    threads = [threading.Thread(target=stop.wait) for _ in range(2)]
+    threads[0].start()
+    try:
+        with latency.pinned(1) as cores:
+            threads[1].start()
+            assert masks() == {frozenset(cores)} and len(cores) == 1
+        assert masks() == {allowed}
+    finally:
+        stop.set()

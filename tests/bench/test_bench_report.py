@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -255,3 +256,35 @@ def test_a_record_with_one_wrong_value_is_analysed_or_refused_in_a_sentence(bad)
             report(RawBench.from_dict(damaged))
         tried += 1
     assert tried > 70
+
+
+def counted(raw: RawBench, uj: Callable[[int], float], *, every: int = 1) -> RawBench:
+    """The record with a counter in the place of its power sensor, read at every `every`-th sample."""
+    t = raw.power.t_ns[::every]
+    return dataclasses.replace(
+        raw, power=Power("rapl", None, 50.0, (Rail("package-0", "uJ", 2**40),), t, {"package-0": tuple(uj(x) for x in t)})
+    )
+
+
+def test_a_counter_gives_the_joules_that_it_counts():
+    found = report(counted(record(), lambda t: 5e6 * t / S))  # 5 W
+    assert [r.energy.mj_per_inference for r in found.reports] == pytest.approx([50, 25])
+
+
+@pytest.mark.parametrize(
+    ("uj", "every", "words"), [(lambda t: 5.0, 1, "did not move"), (lambda t: 5e6 * t / S, 400, "no sample for 20.00 s")]
+)
+def test_a_counter_that_cannot_be_trusted_has_no_energy_and_a_reason(uj, every, words):
+    found = report(counted(record(), uj, every=every))
+    assert all(r.energy.mj_per_inference is None and words in r.energy.reason for r in found.reports)
+    assert all(r.latency_ms for r in found.reports) and [r.metric for r in found.ratios] == ["latency_ms"]
+
+
+def test_short_training_windows_are_warned_of():
+    """The joules of a whole training rest on them."""
+    raw = record()
+    watched = tuple(dataclasses.replace(w, kind="refresh", artifact=None) for w in raw.windows[1:2])
+    step = Window("train", 2, 0, raw.windows[2].start_ns, raw.windows[2].start_ns + S // 10, tuple([10**6] * 100))
+    module = Artifact("dense", "module", None, 8, "fp32")
+    found = report(dataclasses.replace(raw, windows=(*raw.windows, *watched, step), artifacts=(*raw.artifacts, module)))
+    assert any("train window of 0.1 s" in w and "train_steps" in w for w in found.warnings), found.warnings

@@ -94,6 +94,20 @@ def test_a_counter_that_wraps():
         stats.counter_difference_mj(t, counter, 0, 3 * S)
 
 
+def test_a_counter_that_is_reset_or_stands_still_has_no_energy():
+    """A driver that starts anew is no wrap, which loses a small part of the range between two readings."""
+    t = np.arange(4) * S
+    with pytest.raises(NotMeasured, match="went backwards"):
+        stats.counter_difference_mj(t, [100, 110, 1, 2], 0, 3 * S, wrap_uj=1000)
+    with pytest.raises(NotMeasured, match="did not move"):
+        stats.counter_difference_mj(t, [5, 5, 5, 5], 0, 3 * S, wrap_uj=1000)
+
+
+def test_a_ratio_to_nothing_is_not_measured():
+    with pytest.raises(NotMeasured, match="took nothing"):
+        stats.paired_ratios([1.0, 2.0], [1.0, 0.0])
+
+
 # ------------------------------------------------------------------------------------------------- series and their faults
 
 

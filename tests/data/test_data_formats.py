@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,38 @@ def test_batches_pickled_anew_by_python_3_are_read(protocol):
     data, labels = cifar_batch(6, 3)
     images, got = parse_cifar_pickle(pickle.dumps({"data": data, "labels": labels}, protocol=protocol), "batch", "labels")
     assert np.array_equal(images.reshape(6, -1), data) and got.tolist() == labels
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_an_array_in_columns_is_read_as_one(protocol):
+    data, labels = cifar_batch(6, 3)
+    raw = pickle.dumps({"data": np.asfortranarray(data), "labels": labels}, protocol=protocol)
+    images, _ = parse_cifar_pickle(raw, "batch", "labels")
+    assert np.array_equal(images.reshape(6, -1), data)
+
+
+def test_a_pickle_that_asks_for_more_memory_than_it_fills_is_refused():
+    with pytest.raises(DataMissing, match="numbers an object"):
+        parse_cifar_pickle(b"\x80\x02}r\xff\xff\xff\x7f.", "batch", "labels")
+
+
+@pytest.mark.parametrize("shape", [[1] * 255, [2**32 - 1, 2**32 - 1, 0]])
+def test_an_impossible_shape_is_named(tmp_path, shape):
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.write_bytes(bytes([0, 0, 8, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + bytes((0 in shape and 0) or 1))
+    with pytest.raises(DataMissing) as caught:
+        read_idx(path)
+    one_sentence(caught, path)
+
+
+def test_a_matlab_file_of_boxes_in_boxes_is_refused(tmp_path):
+    inner = b""
+    for _ in range(3000):
+        z = zlib.compress(inner)
+        inner = struct.pack("<II", 15, len(z)) + z
+    (tmp_path / "x.mat").write_bytes(mat({}, compressed=False) + inner)
+    with pytest.raises(DataMissing, match="compressed element"):
+        read_mat(tmp_path / "x.mat")
 
 
 class Malicious:

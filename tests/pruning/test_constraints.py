@@ -265,3 +265,21 @@ def test_filters_are_counted_per_convolution():
     assert plan.on_l2_ball == ("4.weight",)
     with pytest.raises(Unsatisfiable):
         c.sets_for([("w", torch.ones(4, 4))], "group-k-support")
+
+
+@pytest.mark.parametrize("name", ["k-support", "group-k-support", "nm", "lp-2"])
+@pytest.mark.parametrize("scale", [1e-25, 4.4e-23, 1.0, 1e20, 1e30])
+def test_vertices_have_their_length_at_every_scale_of_single_precision(name, scale):
+    """Squares of 1e20 are infinite in float32, those of 1e-25 are 0."""
+    g = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * scale
+    v = SETS[name].lmo(g)
+    assert v.double().norm().item() == pytest.approx(0.7, rel=1e-5) and SETS[name].gauge(v) <= 1 + 1e-5
+    assert (v.double() * g.double()).sum() < 0
+
+
+def test_the_larger_filter_stays_in_half_precision():
+    """Their norms, 17.32 and 17.36, are one number in bfloat16."""
+    g = torch.stack([torch.full((3, 10, 10), 1.0), torch.full((3, 10, 10), 1.0)]).bfloat16()
+    g[1, 0, 0, 0] = 1.5
+    v = c.GroupKSupport(1, 1.0).lmo(g)
+    assert not v[0].any() and v[1].any()

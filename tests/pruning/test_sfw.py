@@ -553,3 +553,13 @@ def test_a_tensor_without_groups_of_channels_is_refused(kernel):
     for shape in ((8, 6), (8,), (2, 1, 3, 3)):
         with pytest.raises(UsageError, match="no input channels in groups of 4"):
             SFW([nn.Parameter(torch.ones(shape))], constraint=c.NM(2, 4, 1.0), kernel=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["none", "compiled"])
+def test_ties_do_not_shorten_the_vertex(kernel):
+    """A million equal magnitudes, of which ten are kept: the step without rescaling and with rate 1 ends at the vertex."""
+    p = nn.Parameter(torch.zeros(1 << 20))
+    optimizer = SFW([{"params": [p], "constraint": c.KSupport(10, 1.0)}], lr=1.0, momentum=0.0, rescale="none", kernel=kernel)
+    p.grad = torch.full_like(p, 0.1)
+    optimizer.step()
+    assert p.detach().double().norm().item() == pytest.approx(1, rel=1e-6) and p.count_nonzero() == 10
