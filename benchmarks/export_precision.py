@@ -19,7 +19,7 @@ from benchmarks.common import header, interleaved, machine
 from prunectl import load_onnx_session
 from prunectl.console import Console
 from prunectl.export import verify
-from prunectl.workflows.export import INT8_SLACK, Request, export
+from prunectl.workflows.export import PRECISION_SLACK, Request, export
 
 RESULT = Path(__file__).parent / "results" / "export_precision.json"
 FILES = (("cpu", "fp32"), ("cpu", "fp16"), ("cpu", "int8"), ("orin", "int8"))
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
-    header(f"precisions in ONNX Runtime, {THREADS} threads; INT8 within {INT8_SLACK} point of FP32")
+    header(f"precisions in ONNX Runtime, {THREADS} threads; INT8 within {PRECISION_SLACK} point of FP32")
     result = measure(args.run, args.rounds)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(result)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import export_precision, export_speed
-from prunectl.workflows.export import INT8_SLACK
+from prunectl.workflows.export import PRECISION_SLACK
 
 ZOO = Path(__file__).parent / "results" / "export_zoo.json"
 TARGET = Path(__file__).parents[1] / "docs" / "evidence" / "export.md"
@@ -60,7 +60,7 @@ def precision(result: dict[str, Any]) -> Iterator[str]:
         "## Precisions",
         "",
         f"{result['model']} on {result['dataset']} ({result['run']}): the files for ONNX Runtime, and the INT8 graph that TensorRT",
-        f"reads, run by ONNX Runtime for its accuracy. Goal: INT8 within {INT8_SLACK:g} point of FP32, else the layers that lost most",
+        f"reads, run by ONNX Runtime for its accuracy. Goal: INT8 within {PRECISION_SLACK:g} point of FP32, else the layers that lost most",
         f"are named below. {result['rounds']} rounds in turn, {result['threads']} threads, batch 1: medians, FP32's time over the file's.",
         "",
         *origin(result),

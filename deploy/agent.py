@@ -393,13 +393,13 @@ def trtexec_version(guard, trtexec):
 
 def build_command(version, trtexec, onnx, plan, cache, request, workspace_mb, shapes):
     """The trtexec call that builds an engine and runs nothing, in the dialect of its version (NVIDIA/TensorRT, sampleOptions.cpp)."""
-    command = [trtexec, "--onnx=" + onnx, "--saveEngine=" + plan, "--timingCacheFile=" + cache]
-    command.append("--workspace=%d" % workspace_mb if version < (8, 4) else "--memPoolSize=workspace:%d" % workspace_mb)
-    command.append("--buildOnly" if version < (8, 6) else "--skipInference")
-    if version < (11,):  # from 11 on, precision is written in the graph
-        command += {"fp32": [], "fp16": ["--fp16"], "int8": ["--int8", "--fp16"]}[request["precision"]]
+    memory = "--workspace=%d" if version < (8, 4) else "--memPoolSize=workspace:%d"
+    command = [trtexec, "--onnx=" + onnx, "--saveEngine=" + plan, "--timingCacheFile=" + cache, memory % workspace_mb]
+    flags = {"fp16": ["--fp16"], "int8": ["--int8", "--fp16"]} if version < (11,) else {}  # from 11 on, precision is written in the graph
+    command += ["--buildOnly" if version < (8, 6) else "--skipInference"] + flags.get(request["precision"], [])
     command += ["--sparsity=" + request["sparsity"]] if request["sparsity"] != "disable" else []
-    return command + (["--%sShapes=%s" % (which, shapes) for which in ("min", "opt", "max")] if shapes else [])
+    least = "--minShapes=" + re.sub(r":\d+x", ":1x", shapes or "")
+    return command + ([least, "--optShapes=" + shapes, "--maxShapes=" + shapes] if shapes else [])
 
 
 def run_command(version, trtexec, plan, times, request, shapes):

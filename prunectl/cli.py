@@ -504,12 +504,14 @@ def main() -> None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process lasts
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _first_interrupt)
+        signal.signal(signal.SIGTERM, _first_interrupt)
     sys.exit(_run(sys.argv[1:]))
 
 
 def _first_interrupt(*_: object) -> None:
-    """The second Ctrl-C would only disturb what the first one began: saying what is saved, and ending."""
+    """Ctrl-C or SIGTERM. A second one would only disturb what the first began: saying what is saved, and ending."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -605,7 +607,10 @@ def _recipe(verb: str, model: str, dataset: str, file: Path | None, sets: list[s
     from prunectl.registry import canonical
 
     known(model)
-    dataset = canonical(dataset) if dataset in datasets else dataset
+    if dataset in datasets:
+        dataset = canonical(dataset)
+    elif Path(dataset).expanduser().is_dir():
+        dataset = str(Path(dataset).expanduser().resolve())  # one folder, one run, from anywhere
     given = {k: v for k, v in overrides.items() if v is not None}
     return resolve(verb, model=model, dataset=dataset, file=file, overrides=given, sets=sets or [])
 

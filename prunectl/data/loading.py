@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +58,7 @@ def load(
     augment: str | None = None,
     workers: int | None = None,
     download: bool = True,
+    normalisation: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Dataset:
     """The data set, its training part split into training and validation images, always in the same way.
 
@@ -65,7 +67,8 @@ def load(
     val_fraction: of every class of the training images, by default 0.1 (imagenet 0.02); folders may have their own val. train_images: train
     on a stratified part of this size. augment: none, flip, crop, crop-flip or imagenet, by default what is usual for the set.
     workers: processes that read image files (0: none). download: fetch what can be fetched and is not there; without it, such a
-    set is blank images of the published number, for plans. Raises UnknownName, UsageError or DataMissing."""
+    set is blank images of the published number, for plans. normalisation: mean and std, each per channel, that a network was
+    trained with, in the place of the set's own. Raises UnknownName, UsageError or DataMissing."""
     source = _source(name_or_folder, data_dir, download)
     policy = _choice("augmentation", augment if augment is not None else source.augment, POLICIES)
     fit = _choice("fit", fit, FITS)
@@ -86,7 +89,7 @@ def load(
         raw, missing = _blank(source, problem), str(problem)
     _check(source, raw)
     splits = _splits(raw, source.val_fraction if val_fraction is None else val_fraction, train_images)
-    stats = {"mean": source.mean, "std": source.std} if source.mean and source.std else measured(raw.pool, splits["train"])
+    stats = normalisation or _stats(source, raw, splits)
     if source.photos:
         fit = "resize-crop"
     elif size == source.image_size:
@@ -126,6 +129,10 @@ def _source(name_or_folder: str, data_dir: str | Path | None, download: bool = T
     if os.sep in name_or_folder or name_or_folder.startswith((".", "~")):
         raise DataMissing(f"{name_or_folder} does not exist: a data set is a registered name or a folder with train/ and val/.")
     raise UnknownName("data set", name_or_folder, datasets.names(), hint="Or give a folder with train/ and val/.")
+
+
+def _stats(source: Source, raw: Raw, splits: Mapping[str, Index]) -> Mapping[str, tuple[float, ...]]:
+    return {"mean": source.mean, "std": source.std} if source.mean and source.std else measured(raw.pool, splits["train"])
 
 
 def _blank(source: Source, problem: NotDownloaded) -> Raw:

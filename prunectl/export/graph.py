@@ -23,6 +23,7 @@ STANDARD = ("", "ai.onnx")
 # What a weight may pass through between the file and the layer that multiplies by it.
 CARRIERS = ("Identity", "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear", "Reshape", "Unsqueeze")
 FRONT = "pixels_to_input"
+EXTERNAL = "prunectl.external_weights"  # metadata of a model read from several files: which weights lay outside
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class View:
 
     @cached_property
     def initializers(self) -> dict[str, TensorProto]:
-        return {t.name: t for t in self.model.graph.initializer}
+        bodies = [self.model.graph, *(a.g for node in self.nodes for a in node.attribute if a.HasField("g"))]
+        return {t.name: t for body in bodies for t in body.initializer}
 
     @cached_property
     def producer(self) -> dict[str, NodeProto]:
@@ -120,13 +122,17 @@ def read(path: Path) -> ModelProto:
     if not path.is_file():
         raise UsageError(f"{path} is not a file; expected an ONNX model")
     try:
-        model = onnx.load(str(path))
+        model = onnx.load(str(path), load_external_data=False)
+        outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (DecodeError, ValueError) as problem:
         raise CorruptFile(f"{path} is not a readable ONNX file ({problem}); export it again") from problem
     except (OSError, onnx.checker.ValidationError) as problem:
         raise CorruptFile(f"{path} keeps weights in other files that cannot be read ({problem}); copy them beside it") from problem
     if not model.graph.node or not model.opset_import:
         raise CorruptFile(f"{path} holds no ONNX graph; export it again")
+    if outside:
+        model.metadata_props.append(onnx.StringStringEntryProto(key=EXTERNAL, value=" ".join(outside)))  # loading clears the marks
     return model
 
 

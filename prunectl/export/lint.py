@@ -96,6 +96,7 @@ def ir(view: View, profile: Profile) -> Iterator[Finding]:
 def one_file(view: View, profile: Profile) -> Iterator[Finding]:
     """The weights are in the file that is hashed and copied."""
     outside = [t.name for t in view.model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    outside += [name for p in view.model.metadata_props if p.key == graph.EXTERNAL for name in p.value.split()]
     if outside:
         message = f"{len(outside)} weights are kept in other files, which checksums and copies miss"
         yield Finding(outside[0], "", "one-file", message, "save it with its weights inside", "warning")
@@ -137,7 +138,7 @@ def operators(view: View, profile: Profile) -> Iterator[Finding]:
     known = profile.importers()
     for node in view.nodes:
         if node.domain not in graph.STANDARD:
-            if (node.domain, node.op_type) in local:
+            if (node.domain, node.op_type) in local and (profile.tensorrt is None or profile.tensorrt >= (10, 0)):
                 continue
             if node.domain.startswith("com.microsoft") and profile.tensorrt is None:
                 continue
@@ -208,10 +209,14 @@ def pooling(view: View, profile: Profile) -> Iterator[Finding]:
 
 
 def resizing(view: View, profile: Profile) -> Iterator[Finding]:
-    """Resize by the nearest pixel or linearly: TensorRT before 8.5 has no cubic one."""
-    if profile.tensorrt is None or profile.tensorrt >= (8, 5):
+    """Resize by the nearest pixel or linearly: no TensorRT smooths while it shrinks, and before 8.5 none has a cubic one."""
+    if profile.tensorrt is None:
         return
     for node in view.nodes:
+        if node.op_type == "Resize" and any(a.name == "antialias" and a.i for a in node.attribute):
+            yield _at(view, node, "resizing", "TensorRT has no antialiased resize", "antialias=False")
+        if profile.tensorrt >= (8, 5):
+            continue
         if node.op_type == "Resize" and any(a.name == "mode" and a.s == b"cubic" for a in node.attribute):
             yield _at(view, node, "resizing", f"{profile.reader} has no cubic resize", "mode='bilinear'")
 

@@ -23,9 +23,10 @@ from onnx import ModelProto, StringStringEntryProto
 
 from prunectl.errors import DeviceUnavailable, UsageError
 from prunectl.export import graph
-from prunectl.export.session import open_session
+from prunectl.export.session import PIECE, open_session
 
 PRODUCTS = ["Conv", "Gemm", "MatMul"]
+FP16_MAX = 65504.0
 Images = NDArray[np.float32]
 
 
@@ -54,8 +55,24 @@ def to_fp16(model: ModelProto) -> ModelProto:
     out = ModelProto()
     out.CopyFrom(model)
     # its defaults would lift small weights to 1e-7 and cut large ones at 1e4; FP16 has subnormals and ends at 65504
-    halved: ModelProto = float16.convert_float_to_float16(out, min_positive_val=0.0, max_finite_val=65504.0, keep_io_types=True)
+    halved: ModelProto = float16.convert_float_to_float16(out, min_positive_val=0.0, max_finite_val=FP16_MAX, keep_io_types=True)
     return halved
+
+
+def beyond_fp16(model: ModelProto, images: Images) -> list[tuple[str, float]]:
+    """(node, its largest magnitude) wherever an FP32 graph has a value on `images` that FP16 cannot hold, the largest first.
+
+    images: normalised float32 (N, C, H, W), looked at few at a time."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    floats = {i.name for i in (*inferred.value_info, *inferred.output) if i.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    made = {name: node.name or node.op_type for node in model.graph.node for name in node.output if name in floats}
+    largest = dict.fromkeys(made, 0.0)
+    size = graph.static_batch(model) or 2
+    enough = np.resize(images, (-(-len(images) // size) * size, *images.shape[1:]))  # the last piece filled up with the first images
+    for piece in _pieces([enough], size):
+        for name, values in _activations(model, list(made), piece).items():
+            largest[name] = max(largest[name], float(np.abs(values).max(initial=0)))
+    return sorted(((made[name], top) for name, top in largest.items() if not top <= FP16_MAX), key=lambda found: -found[1])
 
 
 def for_cpu(model: ModelProto, calibration: Iterable[Any]) -> ModelProto:
@@ -146,13 +163,13 @@ class _Reader:
 
 
 def _pieces(calibration: Iterable[Any], batch: int | None) -> Iterator[Images]:
-    """The images in pieces of the graph's own batch size, as they come if it has none; the rest is left out."""
+    """The images in pieces of the graph's own batch size, of which the rest is left out; in small ones if it has none."""
     left: Images | None = None
     for images in calibration:
         array = np.asarray(images, dtype=np.float32)
         left = array if left is None else np.concatenate([left, array])
-        size = batch or max(len(left), 1)
-        whole = len(left) - len(left) % size
+        size = batch or PIECE
+        whole = len(left) - len(left) % size if batch else len(left)
         yield from (left[start : start + size] for start in range(0, whole, size))
         left = left[whole:]
 

@@ -22,6 +22,7 @@ from prunectl.files import sha256
 
 Floats = NDArray[np.float32]
 MARGIN = 256 / 224  # the share of a photo's shorter side around the crop, as in training (Krizhevsky et al. 2012, and since)
+PIECE = 32  # images that a graph with a free batch is given at once
 
 
 def open_session(model: Path | bytes, *, threads: int | None = None) -> ort.InferenceSession:
@@ -84,15 +85,16 @@ class OnnxSession:
         return bool(self.session.get_inputs()[0].type == "tensor(uint8)")
 
     def _call(self, images: NDArray[Any]) -> Floats:
-        """In pieces of the graph's batch size; the last one is filled up and cut again."""
+        """In pieces of the graph's batch size, the last one filled up and cut again; in small ones where the batch is free."""
         entry = self.session.get_inputs()[0]
         if entry.type == "tensor(float16)":
             images = images.astype(np.float16)
-        size = entry.shape[0] if isinstance(entry.shape[0], int) else max(len(images), 1)
+        fixed = isinstance(entry.shape[0], int)
+        size = entry.shape[0] if fixed else PIECE
         answers = []
         for start in range(0, len(images), size):
             piece = images[start : start + size]
-            missing = size - len(piece)
+            missing = size - len(piece) if fixed else 0
             full = np.concatenate([piece, np.repeat(piece[-1:], missing, axis=0)]) if missing else piece
             answers.append(self.session.run(None, {entry.name: np.ascontiguousarray(full)})[0][: len(piece)])
         classes = self.session.get_outputs()[0].shape[-1]

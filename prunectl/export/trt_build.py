@@ -7,13 +7,18 @@ builder, and a freed one is a crash."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Refused(Exception):
@@ -122,7 +127,14 @@ def _last(said: list[str]) -> str:
     return " ".join(said[0].split()) if said else "it gave no reason"
 
 
+def _die_with_parent() -> None:
+    """Linux ends this process with the one that started it, however that ends; an engine that nobody waits for holds the GPU for long."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
+    _die_with_parent()
     job = json.load(sys.stdin)
     try:
         answer: dict[str, Any] = {"ok": work(importlib.import_module(job["backend"]), job)}

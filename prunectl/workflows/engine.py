@@ -102,6 +102,8 @@ def build(where: Place, model: Path, record: Artifact, profile: Profile, *, spar
 
 
 def _here(compiler: Compiler, model: Path, record: Artifact, profile: Profile, sparse: bool) -> dict[str, Any]:
+    if compiler.backend == "tensorrt":  # TensorRT for RTX has versions of its own
+        _check_reader("this machine", compiler.version, profile, record.precision)
     batch = record.batch or LARGEST_BATCH
     made = tensorrt.build(model, compiler, model.parent, profile=profile, precision=record.precision, sparse=sparse, batch=batch)
     facts = {"path": str(made.path.resolve()), "sha256": made.sha256, "bytes": made.bytes, "build_s": made.build_s, "cached": made.cached}
@@ -113,7 +115,7 @@ def _on_board(board: Board, model: Path, record: Artifact, profile: Profile, spa
     task = OnnxModel(model, model.name, record.batch or LARGEST_BATCH, None if record.batch else f"{record.input.name}:{shape}")
     settings = Settings(precision=record.precision, sparsity="enable" if sparse else "disable")
     (made,) = build_engines((task,), settings, host=board.host, say=ui.say)
-    _check_reader(board, made.tensorrt, profile, record.precision)
+    _check_reader(board.name, made.tensorrt, profile, record.precision)
     if made.simulated:
         ui.warn(f"the engine on {board.name} is SIMULATED: {', '.join(made.simulated_by)}")
     facts = {"path": made.path, "sha256": made.sha256, "bytes": made.bytes, "build_s": made.build_s, "cached": made.cached}
@@ -121,19 +123,19 @@ def _on_board(board: Board, model: Path, record: Artifact, profile: Profile, spa
     return {**facts, **place, "command": list(made.command), "simulated_by": list(made.simulated_by)}
 
 
-def _check_reader(board: Board, version: str, profile: Profile, precision: str) -> None:
+def _check_reader(where: str, version: str, profile: Profile, precision: str) -> None:
     """Raises VerificationFailed if the TensorRT that built the engine is none that the profile writes for.
 
-    Known only now: the agent names its TensorRT with the engine."""
+    Of a board it is known only with the engine: the agent names its TensorRT then."""
     assert profile.tensorrt is not None
     major, minor = map(int, version.split(".")[:2])
     if (major, minor) < profile.tensorrt:
         raise VerificationFailed(
-            f"{board.name} has TensorRT {version}, which mis-reads files for {profile.reader}: export with a profile for it, tx2 or orin"
+            f"{where} has TensorRT {version}, which mis-reads files for {profile.reader}: export with a profile for it, tx2 or orin"
         )
     if major >= 11 and profile.engine_flags(precision):
         raise VerificationFailed(
-            f"{board.name} has TensorRT {version}, which takes its precision from the file, and profile {profile.name} leaves {precision} "
+            f"{where} has TensorRT {version}, which takes its precision from the file, and profile {profile.name} leaves {precision} "
             "to the engine build: export with --profile gpu"
         )
 

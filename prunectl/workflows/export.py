@@ -35,6 +35,7 @@ NOISE = 8  # random ones
 CALIBRATION = 512  # training images that set INT8's ranges
 BATCH = 250
 PRECISION_SLACK = 1.0  # points of accuracy that a lower precision may cost before it is spoken of
+FEW = 8  # images whose every activation is looked at
 RUN_SLACK = 2.0  # points: a run may have been measured in bfloat16, which decides close calls otherwise; no file is further off
 
 
@@ -73,9 +74,12 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
 
     ui.say(f"writing {target.name}: opset {profile.opset}, for {profile.reader}")
     fp32 = onnx.build(module, spec, profile, batch=request.batch)
-    verify.require_cost(verify.recount(module, fp32, spec))
+    if less := verify.require_cost(verify.recount(module, fp32, spec)):
+        ui.warn(f"{less}: what is constant or zero was worked out before the file was written, or is not counted")
     spec = spec.of_pixels() if request.uint8_input else spec
     model = onnx.lowered(fp32, spec, profile, request.precision, _calibration(images, request, ui))
+    if request.precision == "fp16":
+        _check_range(fp32, images, spec, profile, ui)
     measured = _proof(module, model, spec, images, profile.graph_precision(request.precision), profile, ui)
     zeros = sparsity.measure(model, n=pattern[0], m=pattern[1]) if pattern else sparsity.measure(model)
     if pattern:
@@ -227,6 +231,20 @@ def _proof(
     return {"max_abs_diff": max(real.max_abs, random.max_abs), "top1_agreement": real.top1_agreement}
 
 
+def _check_range(fp32: ModelProto, images: Dataset | None, spec: InputSpec, profile: Profile, ui: Console) -> None:
+    """Raises VerificationFailed for a value that FP16 cannot hold, in a graph that computes in it; warns where the engine build decides.
+
+    ONNX Runtime on a CPU works FP16 graphs out in FP32, so that no comparison of answers shows it."""
+    few = images.sample(FEW, seed=0, split="val")[0].numpy() if images is not None else verify.random_batches(spec, n=FEW)[0]
+    if found := quantize.beyond_fp16(fp32, few):
+        name, largest = found[0]
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        sentence = f"{name} reaches {largest:,.0f} on {len(few)} images, and FP16 ends at 65,504{more}"
+        if profile.fp16 == "graph":
+            raise VerificationFailed(f"{sentence}: export in fp32, or train with smaller activations (weight decay, batch norm)")
+        ui.warn(f"{sentence}: the engine may answer nothing but NaN in FP16; build it in fp32")
+
+
 def _measured_file(path: Path, record: Artifact, images: Dataset, ui: Console) -> Artifact:
     """The record with the accuracy of the file as it was written, on the test split."""
     found = verify.accuracy(load_onnx_session(path), _test_split(images, f"accuracy of {path.name}", ui))
@@ -258,7 +276,7 @@ def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: 
     full = verify.accuracy(verify.classifier(fp32, record.input), _test_split(images, "accuracy in FP32", ui)).top1
     if full - record.accuracy <= PRECISION_SLACK:
         return
-    size = graph.static_batch(fp32) or BATCH
+    size = graph.static_batch(fp32) or FEW
     few = images.sample(size, seed=0, split="val")[0].numpy()
     few = np.resize(few, (size, *few.shape[1:]))
     worst = quantize.layer_errors(fp32, model, pixels_of(few, record.input) if record.input.dtype == "uint8" else few)[:5]
@@ -267,9 +285,9 @@ def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: 
 
 
 def _estimated(half: ModelProto | None, record: Artifact, precision: str, images: Dataset, ui: Console) -> dict[str, Any]:
-    """What a precision that the engine build brings in costs in accuracy: the same graph computing in it in ONNX Runtime.
+    """What a precision that the engine build brings in costs in accuracy: the same graph in it, in ONNX Runtime.
 
-    An engine may keep single layers in FP32, or sum up differently; numbers that FP16 cannot hold show up here all the same."""
+    It rounds weights to FP16 and, on a CPU, sums in FP32; what an engine makes of it may differ (`_check_range`)."""
     if half is None:
         return {"estimated_accuracy": None, "estimated_reason": "it needs onnxconverter-common: pip install 'prunectl[fp16]'"}
     assert record.accuracy is not None

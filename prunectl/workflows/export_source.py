@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from prunectl import data
 from prunectl.data import Dataset
-from prunectl.errors import UsageError
+from prunectl.errors import DataMissing, UnknownName, UsageError
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.recipe import Recipe, Sfw, read_back
 from prunectl.rundir import RunDir
@@ -61,14 +60,30 @@ class Source:
         run = RunDir(home(saved.path))
         return cls(saved, read_back(run.recipe) if run.recipe.is_file() else None, data_dir)
 
-    def dataset(self, **part: Any) -> Dataset:
-        """The network's own images, seen as it saw them. part: `val_fraction`, `train_images`, where not all were trained on.
+    def dataset(self) -> Dataset:
+        """The network's own images, split and seen as it saw them: with its normalisation, not one measured anew.
 
-        Raises DataMissing."""
-        info = self.saved.plan["data"]
-        folder = self.data_dir or (self.recipe.data.dir if self.recipe else None)
-        fit = info["fit"] if info["fit"] in ("pad", "resize") else "pad"
-        return data.load(info["name"], data_dir=folder, image_size=info["image_size"], fit=fit, **part)
+        Raises DataMissing where they are not at hand, UsageError where what is there has other classes."""
+        info, ours = self.saved.plan["data"], self.recipe.data if self.recipe else None
+        name = ours.name if ours and self.data_dir is None else info["name"]  # of a folder, the plan knows its last part only
+        try:
+            images = data.load(
+                name,
+                data_dir=self.data_dir or (ours.dir if ours else None),
+                image_size=info["image_size"],
+                fit=info["fit"] if info["fit"] in ("pad", "resize") else "pad",
+                normalisation={"mean": tuple(info["mean"]), "std": tuple(info["std"])},
+                val_fraction=ours.val_fraction if ours else None,
+                train_images=ours.train_images if ours else None,
+            )
+        except UnknownName as e:
+            raise DataMissing(f"the network's data set is not at hand: {e}") from None
+        if list(images.info.classes) != list(info["classes"]):
+            raise UsageError(
+                f"{name} has {len(images.info.classes)} classes ({', '.join(images.info.classes[:3])}, ...) where the network was trained "
+                f"on {len(info['classes'])} ({', '.join(info['classes'][:3])}, ...): name its own data set's folder with --data-dir"
+            )
+        return images
 
     def network(self, sparsity: float | Pattern | None) -> nn.Module:
         """The saved network, or it pruned once as one row of a sweep: batch norm re-estimated on the training images of its run.
@@ -80,9 +95,7 @@ class Source:
         settings = (self.recipe.sfw if self.recipe else None) or Sfw()
         module = pruned_nm(module, *sparsity) if isinstance(sparsity, tuple) else pruned(module, sparsity, settings)
         if settings.bn_recal:
-            trained_on = self.recipe.data if self.recipe else None
-            part = {"val_fraction": trained_on.val_fraction, "train_images": trained_on.train_images} if trained_on else {}
-            recalibrate_(module, calibration_images(self.dataset(**part), settings.bn_recal))
+            recalibrate_(module, calibration_images(self.dataset(), settings.bn_recal))
         return module
 
     def test_accuracy(self) -> float | None:

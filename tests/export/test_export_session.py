@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,3 +113,17 @@ def test_resizing_is_that_of_training_to_a_grey_level(size):
 def test_loading_a_session_imports_no_torch(saved):
     code = f"import sys, prunectl; prunectl.load_onnx_session({str(saved)!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_free_batch_is_fed_in_pieces(tmp_path, network, orin):
+    """Memory must not grow with the data set; a fixed one is filled up."""
+    for batch, sizes in ((None, [32, 32, 6]), (4, [4] * 18)):
+        path = tmp_path / f"{batch}.onnx"
+        onnx.save(onnx.build(network, SPEC, orin, batch=batch), path, spec=SPEC, profile=orin)
+        loaded, fed = prunectl.load_onnx_session(path), []
+        run = loaded.session.run
+        watched = SimpleNamespace(get_inputs=loaded.session.get_inputs, get_outputs=loaded.session.get_outputs)
+        watched.run = lambda names, feed, run=run, fed=fed: fed.append(len(next(iter(feed.values())))) or run(names, feed)
+        pixels = np.random.default_rng(1).integers(0, 256, (70, *SPEC.shape), dtype=np.uint8)
+        answers = session.OnnxSession(watched, SPEC).run(pixels)
+        assert fed == sizes and answers.shape == (70, 5)

@@ -1,14 +1,22 @@
 """Real compiles by TensorRT for RTX where it is installed; and the adapter's decisions for every TensorRT from 8.2 to 11."""
 
 import importlib.util
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from export_nets import SPEC, images
 
+from prunectl.console import Console
 from prunectl.errors import CorruptFile, DeviceUnavailable, UsageError, VerificationFailed
 from prunectl.export import graph, onnx, profiles, quantize, tensorrt, trt_build
+from prunectl.export.artifact import read_record
+from prunectl.workflows import engine
 from prunectl.workflows.engine import default_profile
 
 needs_rtx = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="pip install 'prunectl[rtx]' to compile")
@@ -113,6 +121,32 @@ def test_a_compiler_that_dies_does_not_take_us_along(body, message, tmp_path, mo
     with pytest.raises(DeviceUnavailable, match=message):
         tensorrt.build(saved, tensorrt.Compiler("crashing_trt", "0", ()), tmp_path / "out", profile=rtx, timeout_s=3)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_compiler_ends_with_whoever_waits_for_it(tmp_path, saved):
+    """However that ends: SIGKILL gives it no time to say so."""
+    (tmp_path / "sleeping_trt.py").write_text(
+        f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(60)"
+    )
+    wait = "from prunectl.export.tensorrt import _ask; _ask('sleeping_trt', {}, 'waiting', 60)"
+    parent = subprocess.Popen([sys.executable, "-c", wait], env={**os.environ, "PYTHONPATH": str(tmp_path)})
+
+    def soon(what: Callable[[], bool]) -> bool:
+        return any(what() or time.sleep(0.05) for _ in range(600))
+
+    assert soon(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text() != "")
+    child = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    parent.kill()
+    parent.wait()
+    assert soon(lambda: not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+@pytest.mark.parametrize(("version", "words"), [("8.5.3", "mis-reads files for TensorRT 10"), ("8.2.1", "mis-reads")])
+def test_a_tensorrt_here_that_is_older_than_the_profile_is_refused(version, words, saved):
+    """As one on a board is: before 10 it reduces over all axes where a file of opset 18 names some."""
+    compiler, record = tensorrt.Compiler("tensorrt", version, ("RTX 3060 (SM86)",)), read_record(saved)
+    with pytest.raises(VerificationFailed, match=words):
+        engine.build(compiler, saved, record, profiles.load("gpu"), sparse=False, ui=Console(verbosity=-1))
 
 
 def test_wrong_requests_are_refused_before_anything_is_built(tmp_path, saved):

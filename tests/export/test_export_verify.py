@@ -115,9 +115,11 @@ def test_another_network_s_graph_is_caught_by_its_cost(network, tx2):
     model = onnx.build(other, SPEC, tx2)
     with pytest.raises(VerificationFailed, match=f"needs {MACS:,} MACs"):
         verify.require_cost(verify.recount(network, model, SPEC))
-    shared = verify.Recount(KERNELS, KERNELS - 1, MACS, MACS)
+    more = verify.Recount(KERNELS, KERNELS + 1, MACS, MACS)
     with pytest.raises(VerificationFailed, match=f"multiplies by {KERNELS:,} weights"):
-        verify.require_cost(shared)
+        verify.require_cost(more)
+    less = verify.require_cost(verify.Recount(KERNELS, KERNELS - 1, MACS, MACS))
+    assert less and f"multiplies by {KERNELS:,} weights" in less
 
 
 class Odd(nn.Module):
@@ -168,3 +170,40 @@ def test_random_images_are_noise_over_all_pixels_and_repeatable():
     mean, std = (np.array(v).reshape(-1, 1, 1) for v in (SPEC.mean, SPEC.std))
     pixels = np.rint((a * std + mean) * 255)
     assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+def test_a_graph_that_answers_nothing_is_not_the_network_in_any_precision(network, tx2_model):
+    """Its logits are off by exactly the largest, and a zero vector points nowhere."""
+    silent = edited(tx2_model, weight_of(tx2_model, 4), np.zeros_like)
+    for node in silent.graph.node:
+        if node.op_type == "Gemm":
+            del node.input[2:]
+    found = verify.compare(network, verify.classifier(silent, SPEC), [images()])
+    assert found.max_rel == 1 and found.min_cosine == 0
+    for precision in verify.TOLERANCE:
+        with pytest.raises(VerificationFailed, match="is not the network"):
+            verify.require_same(found, precision)
+
+
+class Einstein(nn.Module):
+    """Three things that a graph does with less work than the code: an einsum, a product of weights, a silenced layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.silent, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
+        nn.init.zeros_(self.norm.weight)
+        self.a, self.b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x) + self.norm(self.silent(x))
+        y = torch.einsum("nchw,cd->ndhw", y, self.a @ self.a.T)
+        return y.mean((2, 3)) @ (self.a @ self.b)
+
+
+def test_a_graph_with_less_work_and_the_same_answers_passes_and_says_so(orin):
+    torch.manual_seed(0)
+    net = Einstein().eval()
+    model = onnx.build(net, SPEC, orin)
+    less = verify.require_cost(verify.recount(net, model, SPEC))
+    assert less and "MACs" in less
+    verify.require_same(verify.compare(net, verify.classifier(model, SPEC), [images()]), "fp32")

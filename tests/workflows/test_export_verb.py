@@ -19,10 +19,12 @@ import onnxruntime.quantization
 import pytest
 import torch
 from onnx import numpy_helper
+from PIL import Image
 from running import installed, only_run, prunectl
 
 from prunectl import data, load, load_onnx_session
 from prunectl.export.artifact import read_record
+from prunectl.workflows.export_source import Source
 
 SMALL = ("--set", "model.width=0.5", "--set", "data.train_images=400", "--set", "train.batch_size=50", "--precision", "fp32")
 ONE_IMAGE = 0.05 + 1e-9  # percent: of 2,000 test images one may fall to the other side when sums are taken in another order
@@ -186,6 +188,67 @@ def test_half_precision_is_in_the_graph_or_in_a_flag(ticket, tmp_path):
     assert entry["estimated_accuracy"] == pytest.approx(half["artifacts"][0]["accuracy"], abs=ONE_IMAGE)  # the same FP16 graph
     assert "fp32; fp16 in the engine" in prunectl("export", ticket, "--out", tmp_path, "--profile", "tx2", "--precision", "fp16").out
     assert read_record(flagged).engine_flags == ("fp16",) and load_onnx_session(flagged).session.get_inputs()[0].type == "tensor(float)"
+
+
+LOUD = """
+from torch import nn
+class Loud(nn.Module):
+    def __init__(self, channels, classes):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(channels, 8, 3, stride=4), nn.Linear(8, classes)
+    def forward(self, x):
+        x = 30000.0 * (self.first(x).relu() + 5)
+        return self.last(x.mean((2, 3)) / 30000.0)
+def net(num_classes, in_channels):
+    return Loud(in_channels, num_classes)
+"""
+
+
+def test_values_that_fp16_cannot_hold_are_found_although_onnx_runtime_does_not_stumble(tmp_path):
+    """On a CPU it works FP16 graphs out in FP32."""
+    (tmp_path / "nets.py").write_text(LOUD)
+    train = ("train", f"{tmp_path}/nets.py:net", "fashion-mini", *SMALL[2:], "--epochs", "1", "--out", tmp_path / "runs", "--json")
+    run = prunectl(*train).document["run"]
+    assert prunectl("export", run, "--out", tmp_path / "out").code == 0
+    refused = prunectl("export", run, "--out", tmp_path / "half", "--precision", "fp16", "-q")
+    refused.refused(4, "FP16 ends at 65,504", "export in fp32")
+    assert not (tmp_path / "half").exists() or not list((tmp_path / "half").iterdir())
+    warned = prunectl("export", run, "--out", tmp_path / "tx2", "--profile", "tx2", "--precision", "fp16", "--json").document["warnings"]
+    assert any("FP16 ends at 65,504" in w and "build it in fp32" in w for w in warned)
+
+
+def _pictures(root: Path, classes: tuple[str, ...], each: int) -> None:
+    rng = np.random.default_rng(0)
+    for split, n in (("train", each), ("val", 6)):
+        for k, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(20 * k, 60 + 60 * k + 10 * (i % 3), (12, 12, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def test_a_run_on_a_folder_is_exported_from_anywhere_with_its_own_normalisation(tmp_path, monkeypatch):
+    """The folder's mean and deviation were measured on the part that was trained on; another part has others."""
+    _pictures(tmp_path / "data" / "flowers", ("rose", "tulip"), 40)
+    _pictures(tmp_path / "other" / "flowers", ("cat", "dog", "eel"), 10)
+    monkeypatch.chdir(tmp_path / "data")
+    sets = ("--set", "model.width=0.25", "--set", "data.train_images=20", "--set", "train.batch_size=10", "--precision", "fp32")
+    run = prunectl("train", "resnet8", "flowers", *sets, "--epochs", "2", "--out", tmp_path / "runs", "--json").document["run"]
+    monkeypatch.chdir(tmp_path)
+    done = prunectl("export", run, "--json")
+    assert done.code == 0, done.err
+    (entry,) = done.document["artifacts"]
+    ran = json.loads((Path(run) / "result.json").read_text())["accuracy"]
+    assert entry["accuracy"] == pytest.approx(ran["top1"]) and done.document["warnings"] == []
+    plan = json.loads((Path(run) / "model" / "plan.json").read_text())["data"]
+    images = Source.at(Path(run), None).dataset()
+    assert (images.info.n_train, images.info.mean, images.info.std) == (20, tuple(plan["mean"]), tuple(plan["std"]))
+    whole = data.load(str(tmp_path / "data" / "flowers")).info
+    assert whole.mean != images.info.mean, "the part must differ from the whole for this to show anything"
+    prunectl("export", run, "--data-dir", tmp_path / "other", "--out", tmp_path / "x").refused(2, "3 classes (cat", "2 (rose")
+    shutil.move(tmp_path / "data", tmp_path / "gone")
+    lost = prunectl("export", run, "--out", tmp_path / "y", "--json")
+    assert lost.code == 0 and any("not measured" in w for w in lost.document["warnings"])
 
 
 @pytest.mark.parametrize("profile", ["cpu", "orin"])
