@@ -9,6 +9,7 @@
     │   └── CorruptFile           4   a checksum or a structure that does not hold
     ├── DeviceUnavailable         5   a board, a GPU or a tool that is missing or unreachable
     ├── DataMissing               6   a data set that is missing, truncated or of another format
+    │   └── NotDownloaded         6   one that a download would bring, where none is to be made
     └── Interrupted             130   Ctrl-C, after the state was saved
 
 A message is one sentence or two: what came, what was expected, what to do. Only `cli.main` catches this tree."""

@@ -89,7 +89,7 @@ def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 60, generator=draw, dtype=torch.float64) @ torch.randn(60, 60, generator=draw, dtype=torch.float64) + 5
     weight = torch.randn(7, 60, generator=draw, dtype=torch.float64)
-    moments, lost, kept = _Moments(), torch.arange(20), torch.arange(20, 60)
+    moments, lost, kept = _Moments(-1), torch.arange(20), torch.arange(20, 60)
     for part in x.split(16):
         moments.add(part)
     centred = x - x.mean(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from prunectl import models
-from prunectl.errors import CorruptFile, UnknownName, UsageError, VerificationFailed
+from prunectl.errors import CorruptFile, UsageError, VerificationFailed
 from prunectl.pruning.surgery import analyse, compact
 from prunectl.training import compactmodel
 
@@ -91,7 +91,7 @@ def test_a_plan_that_makes_no_sense(saved, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"model": {**ARGUMENTS, "name": "resnet9"}}, UnknownName),
+        ({"model": {**ARGUMENTS, "name": "resnet9"}}, CorruptFile),
         ({"model": {**ARGUMENTS, "name": "/nowhere/nets.py:net"}}, UsageError),
         ({"steps": [{"dropped": {"conv1": [999]}}]}, UsageError),
         ({"model": {**ARGUMENTS, "width": 0.5}}, UsageError),
