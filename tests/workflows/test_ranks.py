@@ -39,9 +39,9 @@ def test_train(tmp_path, extra):
     _finite(run)
 
 
-@pytest.mark.parametrize("detector", ["epoch:0.5", "spline"])
+@pytest.mark.parametrize("detector", [("epoch:0.5",), ("spline", "--eps", "0.9", "--window", 1)])
 def test_find_ticket(tmp_path, detector):
-    flags = ("--detector", detector, "--eps", "0.9", "--window", 1, "--set", "ticket.probes_per_epoch=2")
+    flags = ("--detector", *detector, "--set", "ticket.probes_per_epoch=2")
     done = _torchrun("find-ticket", "resnet8", "fashion-mini", *TINY, "--epochs", 3, *flags, "--out", tmp_path, "--json")
     assert done.code == 0, done.err
     result, run = done.document, only_run(tmp_path)
