@@ -40,6 +40,17 @@ def defaults() -> list[Cell]:
     ]
 
 
+def steep() -> list[Cell]:
+    """Which criterion the default should be where most channels go and `rivals` puts it last: the wide net, three seeds, validation only."""
+    ranked = [("spline", ()), ("spline-rho-0", ("--set", "ticket.rho=0")), ("spline-rho-0.5", ("--set", "ticket.rho=0.5"))]
+    ranked += [(name, ("--criterion", name)) for name in ("spline-signed", "l2", "taylor", "random")]
+    return [
+        Cell(f"{name}-steep", "wide", seed, "find-ticket", ("--sparsity", "0.7", *options), judged="val")
+        for seed in SEEDS
+        for name, options in ranked
+    ]
+
+
 def _ticket(
     arm: str, *options: str, at: tuple[str, ...] = AT_ONCE, budget: tuple[str, ...] = HALF, program: str = "prunectl"
 ) -> list[Cell]:
@@ -125,4 +136,4 @@ def full() -> list[Cell]:
     return [Cell("dense", "full", 0, "train"), Cell("default-50", "full", 0, "find-ticket", HALF)]
 
 
-STAGES = {"rivals": rivals, "defaults": defaults, "draws": draws, "criteria": criteria, "goal": goal, "full": full}
+STAGES = {"rivals": rivals, "defaults": defaults, "draws": draws, "criteria": criteria, "steep": steep, "goal": goal, "full": full}
