@@ -41,7 +41,7 @@ def defaults() -> list[Cell]:
 
 
 def steep() -> list[Cell]:
-    """Which criterion the default should be where most channels go and `rivals` puts it last: the wide net, three seeds, validation only."""
+    """Which criterion wins where most channels go and `rivals` puts the default last: the wide net, three seeds, validation only."""
     ranked = [("spline", ()), ("spline-rho-0", ("--set", "ticket.rho=0")), ("spline-rho-0.5", ("--set", "ticket.rho=0.5"))]
     ranked += [(name, ("--criterion", name)) for name in ("spline-signed", "l2", "taylor", "random")]
     return [
