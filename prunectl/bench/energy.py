@@ -52,11 +52,10 @@ def readings(power: Power, rail: str) -> tuple[np.ndarray, np.ndarray]:
 def rail_energy_mj(power: Power, rail: Rail, window: Window) -> float:
     """Energy of one rail over a window in mJ. Raises NotMeasured."""
     t, values = readings(power, rail.name)
+    if rail.unit == "mW" or power.period_ms is not None:  # else a counter that is read at the edges of windows only
+        stats.check_stamps(t, window.start_ns, window.end_ns, longest_gap_s=longest_gap_s(power))
     if rail.unit == "uJ":
-        if power.period_ms is not None:  # else it is read at the edges of windows only
-            stats.check_stamps(t, window.start_ns, window.end_ns, longest_gap_s=longest_gap_s(power))
         return stats.counter_difference_mj(t, values, window.start_ns, window.end_ns, wrap_uj=rail.wrap)
-    stats.check_stamps(t, window.start_ns, window.end_ns, longest_gap_s=longest_gap_s(power))
     return stats.power_integral_mj(t, values, window.start_ns, window.end_ns)
 
 
