@@ -42,7 +42,7 @@ def defaults() -> list[Cell]:
 
 def steep() -> list[Cell]:
     """Which criterion wins where most channels go and `rivals` puts the default last: the wide net, three seeds, validation only."""
-    ranked = [("spline", ()), ("spline-rho-0", ("--set", "ticket.rho=0")), ("spline-rho-0.5", ("--set", "ticket.rho=0.5"))]
+    ranked = [("spline", ()), ("spline-rho-0.5", ("--set", "ticket.rho=0.5")), ("scratch", ("--set", "ticket.weights=reinit"))]
     ranked += [(name, ("--criterion", name)) for name in ("spline-signed", "l2", "taylor", "random")]
     return [
         Cell(f"{name}-steep", "wide", seed, "find-ticket", ("--sparsity", "0.7", *options), judged="val")

@@ -26,6 +26,7 @@ class Channels:
 
     filters (C, D), bias (C,): batch norm folded in; the hyperplane that a ReLU behind it sees.
     weights (C, D): the same filters as they are stored. gammas (C, B): |scale| of the group's batch norms, B may be 0.
+    scale (C,): how far the channel's values spread: the mean |scale| of its batch norms, or where it has none the norm of its filter.
     outgoing (C,): L2 norm of all weights that read the channel. gradients (C, D): of the loss by `weights`, or None.
     rho: weight of the bias term in the spline criterion. seed: for criteria that draw."""
 
@@ -34,6 +35,7 @@ class Channels:
     bias: Tensor
     weights: Tensor
     gammas: Tensor
+    scale: Tensor
     outgoing: Tensor
     gradients: Tensor | None
     rho: float
@@ -71,12 +73,15 @@ def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: in
         bias = bias + shared[1]
     squares = [_by_root(group, m, _columns(layer.weight)).square().sum(1) for m, layer in readers]
     gammas = [_by_root(group, m, _plain(norm.weight)).abs() for m, norm in norms if norm.affine]
+    spreads = [_by_root(group, m, _plain(norm.weight)).abs() if norm.affine else torch.ones(group.channels) for m, norm in norms]
+    folded = torch.cat(filters, 1)
     return Channels(
         name=group.name,
-        filters=torch.cat(filters, 1),
+        filters=folded,
         bias=bias,
         weights=torch.cat(weights, 1),
         gammas=torch.stack(gammas, 1) if gammas else torch.zeros(group.channels, 0),
+        scale=torch.stack(spreads).mean(0) if spreads else folded.norm(dim=1),
         outgoing=torch.stack([zero, *squares]).sum(0).sqrt(),
         gradients=torch.cat([_by_root(group, m, _rows(gradients[f"{m.layer}.weight"])) for m, _ in producers], 1) if gradients else None,
         rho=rho,

@@ -19,7 +19,7 @@ criteria = Registry("criterion", "pruning/criteria.py")
 
 @criteria.register
 def spline(c: Channels) -> Tensor:
-    """Distance of each unit's hyperplane to its nearest copy, batch norm folded (You et al. 2022, Eq. 2)."""
+    """Distance of each unit's hyperplane to its nearest copy (You et al. 2022, Eq. 2), batch norm folded, times what it gives on."""
     return _spline(c, geometry.hyperplane_distances)
 
 
@@ -31,8 +31,8 @@ def spline_signed(c: Channels) -> Tensor:
 
 @criteria.register
 def spline_published(c: Channels) -> Tensor:
-    """Eq. 2 to the letter: biases neither normalised nor signed."""
-    return _spline(c, geometry.published_distances)
+    """Eq. 2 to the letter: the closest pair first, biases neither normalised nor signed."""
+    return _spline(c, geometry.published_distances, priced=False)
 
 
 @criteria.register
@@ -77,5 +77,5 @@ def random_(c: Channels) -> Tensor:
     return torch.rand(len(c.bias), generator=torch.Generator().manual_seed(c.seed), dtype=torch.float64)
 
 
-def _spline(c: Channels, distances: Callable[..., Tensor]) -> Tensor:
-    return geometry.spline_scores(c.filters, c.bias, c.outgoing, rho=c.rho, distances=distances)
+def _spline(c: Channels, distances: Callable[..., Tensor], *, priced: bool = True) -> Tensor:
+    return geometry.spline_scores(c.filters, c.bias, c.scale * c.outgoing, rho=c.rho, distances=distances, priced=priced)

@@ -147,36 +147,45 @@ def published_distances(filters: Tensor, bias: Tensor, *, rho: float = 0.05) -> 
 def spline_scores(
     filters: Tensor,
     bias: Tensor,
-    outgoing: Tensor,
+    energy: Tensor,
     *,
     rho: float = 0.05,
     distances: Callable[..., Tensor] = hyperplane_distances,
+    priced: bool = True,
 ) -> Tensor:
-    """(C,) the distance at which each unit was removed: the lower, the more redundant.
+    """(C,) the price at which each unit was removed: the lower, the more redundant.
 
-    filters: (C, D) folded filters; bias: (C,); outgoing: (C,) norm of the weights that read each unit. The closest pair
-    loses the unit with the smaller ||w|| * outgoing, again and again; one pass ranks the layer for every ratio. Units
-    with w = 0, or nearly, are constant and come first, at -1; the last one standing is one above the last distance."""
-    removed_at, _ = removal_order(filters, bias, outgoing, rho=rho, distances=distances)
+    filters: (C, D) folded filters; bias: (C,); energy: (C,) what each unit gives its readers, the spread of its output times the
+    norm of the weights that read it. The price of a pair is the smaller energy times the distance, about what the readers lose when
+    the weaker unit's part is left to the other; the cheapest pair loses its weaker unit, again and again, so that one pass ranks the
+    layer for every ratio. Where no two are alike this ranks by energy. Units with w = 0, or nearly, are constant and come first, at
+    -1; the last one standing is one above the last price. priced=False: the price is the distance alone, as published.
+
+    The energy is not taken from |w|: batch norm folded in divides a filter by the deviation of its output, so that the units that
+    hardly answer to any image have the largest filters (docs/LOG.md has what that costs)."""
+    removed_at, _ = removal_order(filters, bias, energy, rho=rho, distances=distances, priced=priced)
     return removed_at
 
 
 def removal_order(
     filters: Tensor,
     bias: Tensor,
-    outgoing: Tensor,
+    energy: Tensor,
     *,
     rho: float = 0.05,
     distances: Callable[..., Tensor] = hyperplane_distances,
+    priced: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """`spline_scores`, and for each unit the one it was a near copy of when it went ((C,) int64, -1 for none).
 
     O(C^2) memory; each unit keeps its nearest neighbour, so that a removal touches only the rows that pointed at it."""
     C = filters.shape[0]
     norm = filters.double().norm(dim=1)
-    energy = (norm * outgoing.double()).cpu().numpy()
+    strength = energy.double().cpu().numpy()
     d = distances(filters, bias, rho=rho).double().cpu().numpy()
     d = np.maximum(d, d.T)  # rounding may break the symmetry that the arithmetic has
+    if priced:
+        d = d * np.minimum(strength[:, None], strength[None, :])
     np.fill_diagonal(d, np.inf)
     score = np.full(C, -1.0)
     keeper = np.full(C, -1)
@@ -188,7 +197,7 @@ def removal_order(
     for _ in range(int((~constant).sum()) - 1):
         k = int(gap.argmin())
         pair = (k, int(nearest[k]))
-        loser = min(pair, key=lambda u: (energy[u], u))
+        loser = min(pair, key=lambda u: (strength[u], u))
         last = float(gap[k])
         score[loser], keeper[loser] = last, pair[0] + pair[1] - loser
         d[loser, :] = d[:, loser] = np.inf

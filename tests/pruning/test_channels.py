@@ -40,6 +40,7 @@ def test_filters_and_bias_are_the_fused_convolutions() -> None:
         assert close(found[name].filters, filters) and close(found[name].bias, bias)
         assert torch.equal(found[name].weights, model[int(name)].weight.detach().flatten(1).float())
         assert close(found[name].gammas, model[norm].weight.detach().abs()[:, None])
+        assert close(found[name].scale, model[norm].weight.detach().abs())
 
 
 def test_a_stream_has_the_filters_of_all_its_writers_side_by_side() -> None:
@@ -51,6 +52,7 @@ def test_a_stream_has_the_filters_of_all_its_writers_side_by_side() -> None:
     assert close(c.filters @ c.filters.T, sum(f @ f.T for f, _ in parts))
     assert close(c.bias, parts[0][1] + parts[1][1])
     assert c.gammas.shape == (16, 2)
+    assert close(c.scale, (model.norm.weight.abs() + model.norm2.weight.abs()).detach() / 2)
 
 
 def test_a_preactivation_stream_takes_the_mean_of_its_readers_norms() -> None:
@@ -82,7 +84,7 @@ def test_without_norms_the_stored_weights_and_biases_are_the_hyperplane() -> Non
     c = views(model)["0"]
     assert torch.equal(c.filters, c.weights) and torch.equal(c.filters, model[0].weight.detach().flatten(1).float())
     assert torch.equal(c.bias, model[0].bias.detach().float())
-    assert c.gammas.shape == (12, 0)
+    assert c.gammas.shape == (12, 0) and close(c.scale, c.filters.norm(dim=1))
 
 
 LATE = {
@@ -112,7 +114,7 @@ def test_a_norm_without_statistics_or_scale() -> None:
     assert close(found["0"].filters, (found["0"].weights * norms[0].weight.detach().float()[:, None]))
     deviation = (norms[1].running_var + norms[1].eps).sqrt().float()  # type: ignore[operator]
     assert close(found["3"].filters, found["3"].weights / deviation[:, None])
-    assert found["3"].gammas.shape == (12, 0)
+    assert found["3"].gammas.shape == (12, 0) and found["3"].scale.tolist() == [1.0] * 12
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -138,7 +140,7 @@ def test_views_are_float32_on_the_cpu_finite_and_as_wide_as_their_group(net: str
     found = describe(model, graph)
     assert list(found) == [g.name for g in graph.groups if not g.locked]
     for name, c in found.items():
-        for t in (c.filters, c.bias, c.weights, c.gammas, c.outgoing):
+        for t in (c.filters, c.bias, c.weights, c.gammas, c.scale, c.outgoing):
             assert len(t) == graph[name].channels and t.dtype == torch.float32 and torch.isfinite(t).all() and not t.requires_grad
         assert c.filters.shape == c.weights.shape and c.gradients is None
 

@@ -34,6 +34,7 @@ def channels(n: int, seed: int = 0, *, dim: int = 9, norms: int = 2) -> Channels
         bias=torch.randn(n, generator=g),
         weights=weights,
         gammas=torch.rand(n, norms, generator=g),
+        scale=0.1 + torch.rand(n, generator=g),
         outgoing=0.1 + torch.rand(n, generator=g),
         gradients=gradients,
         rho=0.05,
@@ -188,7 +189,8 @@ def test_taylor_is_the_first_order_change_of_the_loss() -> None:
 )
 def test_spline_criteria_rank_by_their_form_of_the_distance(name: str, distances: Callable[..., Tensor]) -> None:
     c = dataclasses.replace(channels(20), rho=0.7)
-    expected = geometry.spline_scores(c.filters, c.bias, c.outgoing, rho=0.7, distances=distances)
+    priced = name != "spline-published"
+    expected = geometry.spline_scores(c.filters, c.bias, c.scale * c.outgoing, rho=0.7, distances=distances, priced=priced)
     assert torch.equal(criteria.get(name)(c), expected)
 
 
@@ -206,6 +208,23 @@ def test_a_network_rescaled_through_its_relus_has_the_same_spline_scores(name: s
         assert torch.allclose(other(x), model(x))
     a, b = (criteria.get(name)(describe(m, graph)["0"]) for m in (model, other))
     assert torch.allclose(a, b, atol=1e-6)  # float32 views
+
+
+def test_of_two_near_copies_the_one_whose_scale_is_smaller_goes() -> None:
+    """The filter of channel 4 is twice that of 9 once batch norm is folded in, only because its deviation is small."""
+    model = randomised(plain(12, 10))
+    with torch.no_grad():
+        model[0].weight[4] = model[0].weight[9] * 1e-3
+        model[1].running_mean[4] = model[1].running_mean[9] * 1e-3
+        model[1].running_var[4] = model[1].running_var[9] * 1e-8
+        model[1].eps = 0.0
+        model[1].weight[4], model[1].weight[9] = 0.2, 1.0
+        model[1].bias[4] = model[1].bias[9] * 0.2
+    c = describe(model, analyse(model, images(1)))["0"]
+    assert c.filters[4].norm() > c.filters[9].norm()
+    for name in ("spline", "spline-signed"):
+        score = criteria.get(name)(dataclasses.replace(c, outgoing=torch.ones(12)))
+        assert score.argmin() == 4
 
 
 def test_random_depends_on_seed_and_group_only() -> None:

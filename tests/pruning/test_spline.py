@@ -38,8 +38,8 @@ def units(n: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     for k in range(0, n - 1, 3):
         sign = 1 if k % 2 else -1
         filters[k + 1] = sign * 2.5 * filters[k] + 0.05 * torch.randn(dim, generator=g, dtype=torch.float64)
-    bias, outgoing = torch.randn(n, generator=g, dtype=torch.float64), 0.1 + torch.rand(n, generator=g, dtype=torch.float64)
-    return filters, bias, outgoing
+    bias, energy = torch.randn(n, generator=g, dtype=torch.float64), 0.1 + torch.rand(n, generator=g, dtype=torch.float64)
+    return filters, bias, energy
 
 
 # ---- oracles
@@ -55,17 +55,18 @@ def test_distances_equal_loops(form: str) -> None:
         assert got[i, j] == pytest.approx(pair(f[i], b[i], f[j], b[j], 0.3), abs=ROUNDING)
 
 
+@pytest.mark.parametrize("priced", [True, False])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("n", "dim", "rho"), [(2, 3, 0.05), (13, 5, 0.05), (40, 27, 0.5), (40, 4, 0.0)])
-def test_removal_order_equals_greedy_removal_from_scratch(form: str, n: int, dim: int, rho: float) -> None:
+def test_removal_order_equals_greedy_removal_from_scratch(form: str, n: int, dim: int, rho: float, priced: bool) -> None:
     matrix, pair = FORMS[form]
-    filters, bias, outgoing = units(n, dim, n)
+    filters, bias, energy = units(n, dim, n)
     filters[n // 2] = 0
-    score, keeper = removal_order(filters, bias, outgoing, rho=rho, distances=matrix)
-    expected, winner = oracle.greedy_removal(filters.numpy(), bias.numpy(), outgoing.numpy(), rho=rho, distance=pair)
+    score, keeper = removal_order(filters, bias, energy, rho=rho, distances=matrix, priced=priced)
+    expected, winner = oracle.greedy_removal(filters.numpy(), bias.numpy(), energy.numpy(), rho=rho, distance=pair, priced=priced)
     assert np.allclose(score.numpy(), expected, atol=ROUNDING, rtol=0)
     assert np.array_equal(keeper.numpy(), winner)
-    assert torch.equal(spline_scores(filters, bias, outgoing, rho=rho, distances=matrix), score)
+    assert torch.equal(spline_scores(filters, bias, energy, rho=rho, distances=matrix, priced=priced), score)
 
 
 @pytest.mark.parametrize("n_images", [1, 5, 70])  # 70: more than one forward pass
@@ -446,10 +447,10 @@ def test_distances_are_symmetric_and_zero_for_copies(form: str) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**16), n=st.integers(2, 24), form=st.sampled_from(sorted(FORMS)))
 def test_scores_follow_a_permutation_of_the_units(seed: int, n: int, form: str) -> None:
-    filters, bias, outgoing = units(n, 7, seed)
+    filters, bias, energy = units(n, 7, seed)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    score, keeper = removal_order(filters, bias, outgoing, distances=FORMS[form][0])
-    moved, moved_keeper = removal_order(filters[order], bias[order], outgoing[order], distances=FORMS[form][0])
+    score, keeper = removal_order(filters, bias, energy, distances=FORMS[form][0])
+    moved, moved_keeper = removal_order(filters[order], bias[order], energy[order], distances=FORMS[form][0])
     assert torch.allclose(moved, score[order], atol=ROUNDING)
     back = torch.cat([order, torch.tensor([-1])])  # -1 stays -1
     assert torch.equal(back[moved_keeper], keeper[order])
@@ -488,10 +489,10 @@ def test_opposite_units_are_copies_but_not_of_one_sign() -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**16), n=st.integers(2, 24))
 def test_scores_rank_the_whole_layer(seed: int, n: int) -> None:
-    """Removal distances never fall below the smallest pair's, keepers outlive what they keep, and one unit stands last."""
-    filters, bias, outgoing = units(n, 7, seed)
-    score, keeper = removal_order(filters, bias, outgoing)
-    d = spline.hyperplane_distances(filters, bias).numpy()
+    """Prices never fall below the cheapest pair's, keepers outlive what they keep, and one unit stands last."""
+    filters, bias, energy = units(n, 7, seed)
+    score, keeper = removal_order(filters, bias, energy)
+    d = spline.hyperplane_distances(filters, bias).numpy() * np.minimum.outer(energy.numpy(), energy.numpy())
     smallest = d[~np.eye(n, dtype=bool)].min()
     assert float(score.min()) == pytest.approx(smallest, abs=ROUNDING)
     assert int((keeper == -1).sum()) == 1 and keeper[score.argmax()] == -1
@@ -504,15 +505,22 @@ def test_scores_rank_the_whole_layer(seed: int, n: int) -> None:
 
 def test_of_a_pair_the_one_with_less_energy_goes() -> None:
     filters, bias = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), torch.zeros(3)
-    assert removal_order(filters, bias, torch.tensor([1.0, 1.0, 1.0]))[1].tolist()[0] == 1
+    assert removal_order(filters, bias, torch.tensor([1.0, 2.0, 1.0]))[1].tolist()[0] == 1
     assert removal_order(filters, bias, torch.tensor([3.0, 1.0, 1.0]))[1].tolist()[1] == 0
 
 
+def test_a_far_unit_that_gives_its_readers_little_goes_before_a_near_one_that_gives_much() -> None:
+    filters, bias = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.3, 0.0], [0.0, 0.0, 1.0]]), torch.zeros(3)
+    energy = torch.tensor([1.0, 1.0, 1e-3])
+    assert spline_scores(filters, bias, energy).argmin() == 2
+    assert spline_scores(filters, bias, energy, priced=False).argmin() == 0
+
+
 def test_constant_units_go_first_and_are_nobodys_copy() -> None:
-    filters, bias, outgoing = units(9, 5, 0)
+    filters, bias, energy = units(9, 5, 0)
     filters[[2, 6]] = 0
     for distances, _ in FORMS.values():
-        score, keeper = removal_order(filters, bias, outgoing, distances=distances)
+        score, keeper = removal_order(filters, bias, energy, distances=distances)
         assert score[[2, 6]].tolist() == [-1, -1] and keeper[[2, 6]].tolist() == [-1, -1]
         assert set(score.argsort()[:2].tolist()) == {2, 6}
         assert torch.isfinite(score).all() and not set(keeper.tolist()) & {2, 6}
@@ -520,18 +528,18 @@ def test_constant_units_go_first_and_are_nobodys_copy() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_few_units_and_all_constant(n: int) -> None:
-    filters, bias, outgoing = units(n, 5, 0)
-    score, keeper = removal_order(filters, bias, outgoing)
+    filters, bias, energy = units(n, 5, 0)
+    score, keeper = removal_order(filters, bias, energy)
     assert torch.isfinite(score).all() and int((keeper == -1).sum()) == 1
-    score, keeper = removal_order(torch.zeros(n, 5), bias, outgoing)
+    score, keeper = removal_order(torch.zeros(n, 5), bias, energy)
     assert score.tolist() == [-1] * n and keeper.tolist() == [-1] * n
 
 
 def test_exact_copies_leave_deterministically() -> None:
-    filters, bias, outgoing = torch.ones(6, 4), torch.zeros(6), torch.ones(6)
-    score, keeper = removal_order(filters, bias, outgoing)
+    filters, bias, energy = torch.ones(6, 4), torch.zeros(6), torch.ones(6)
+    score, keeper = removal_order(filters, bias, energy)
     assert score.tolist() == [0, 0, 0, 0, 0, 1] and keeper.tolist()[-1] == -1
-    assert torch.equal(score, removal_order(filters, bias, outgoing)[0])
+    assert torch.equal(score, removal_order(filters, bias, energy)[0])
 
 
 def test_units_that_are_nearly_off_go_first() -> None:

@@ -27,15 +27,19 @@ def published_distance(w1, b1, w2, b2, rho):
     return 1 - min(1.0, abs(np.dot(w1, w2) / (n1 * n2))) + rho * abs(b1 - b2)
 
 
-def greedy_removal(filters, bias, outgoing, *, rho, distance):
-    """(score, keeper): again and again the closest pair, every distance computed afresh, loses its weaker unit."""
+def greedy_removal(filters, bias, energy, *, rho, distance, priced):
+    """(score, keeper): again and again the cheapest pair, every price computed afresh, loses its weaker unit."""
     units = len(filters)
     score, keeper = np.full(units, -1.0), np.full(units, -1)
-    energy = [np.sqrt(np.dot(filters[u], filters[u])) * outgoing[u] for u in range(units)]
     left = [u for u in range(units) if np.any(filters[u] != 0)]
     last = 0.0
     while len(left) > 1:
-        pairs = [(distance(filters[i], bias[i], filters[j], bias[j], rho), i, j) for i in left for j in left if i < j]
+        pairs = []
+        for i in left:
+            for j in left:
+                if i < j:
+                    weight = min(energy[i], energy[j]) if priced else 1
+                    pairs.append((distance(filters[i], bias[i], filters[j], bias[j], rho) * weight, i, j))
         last, i, j = min(pairs)
         loser, winner = (i, j) if energy[i] <= energy[j] else (j, i)
         score[loser], keeper[loser] = last, winner
