@@ -141,7 +141,7 @@ def find_ticket(
     target_params: Annotated[float | None, typer.Option("--target-params", help="share of dense parameters kept")] = None,
     criterion: Annotated[
         str | None,
-        typer.Option("--criterion", help="which channels go (default spline): see `list criteria`", autocompletion=_names("criteria")),
+        typer.Option("--criterion", help="which channels go (default obs): see `list criteria`", autocompletion=_names("criteria")),
     ] = None,
     detector: Annotated[
         str | None,

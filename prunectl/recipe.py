@@ -74,7 +74,7 @@ class Ticket(_Section):
     sparsity: float | None = Field(None, gt=0, lt=1, description="share of channels removed")
     target_macs: float | None = Field(None, gt=0, lt=1, description="share of dense MACs kept")
     target_params: float | None = Field(None, gt=0, lt=1, description="share of dense parameters kept")
-    criterion: str = "spline"
+    criterion: str = "obs"
     rho: float = Field(0.05, ge=0, description="weight of the bias term of the spline criterion")
     scope: Literal["layerwise", "global"] = "layerwise"
     pooling: Literal["raw", "mean", "macs"] = Field(

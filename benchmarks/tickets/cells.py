@@ -7,6 +7,7 @@ from benchmarks.cells import Cell
 NETS = ("thin", "wide")
 AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
 HALF = ("--sparsity", "0.5")
+SPLINE = ("--criterion", "spline")
 HALFS_MACS = ("--target-macs", "0.253")  # what half of the channels of every layer leaves; half of all channels leaves other MACs
 RIVALS = "benchmarks.tickets.rivals"
 AFTER_TRAINING = "benchmarks.tickets.after_training"
@@ -41,9 +42,12 @@ def defaults() -> list[Cell]:
 
 
 def steep() -> list[Cell]:
-    """Which criterion wins where most channels go and `rivals` puts the default last: the wide net, three seeds, validation only."""
-    ranked = [("spline", ()), ("spline-rho-0.5", ("--set", "ticket.rho=0.5")), ("scratch", ("--set", "ticket.weights=reinit"))]
-    ranked += [(name, ("--criterion", name)) for name in ("spline-signed", "l2", "taylor", "random")]
+    """Which criterion wins where most channels go and criteria differ: the wide net, three seeds, validation only."""
+    ranked = [(name, ("--criterion", name)) for name in ("obs", "spline", "spline-signed", "l2", "taylor", "random")]
+    ranked += [
+        ("spline-rho-0.5", ("--criterion", "spline", "--set", "ticket.rho=0.5")),
+        ("scratch", ("--set", "ticket.weights=reinit")),
+    ]
     return [
         Cell(f"{name}-steep", "wide", seed, "find-ticket", ("--sparsity", "0.7", *options), judged="val")
         for seed in SEEDS
@@ -86,7 +90,7 @@ def criteria() -> list[Cell]:
     """Which channels go, and what stands in for them, one seed, validation only."""
     ranked = [
         cell
-        for name in ("spline", "spline-signed", "spline-published", "l1", "l2", "bn-scale", "fpgm", "taylor", "random")
+        for name in ("obs", "spline", "spline-signed", "spline-published", "l1", "l2", "bn-scale", "fpgm", "taylor", "random")
         for cell in _criterion(name)
     ]
     theirs = [
@@ -95,11 +99,13 @@ def criteria() -> list[Cell]:
         *_ticket("tp-magnitude-global", "--criterion", "tp-magnitude", "--scope", "global", budget=HALFS_MACS, program=RIVALS),
     ]
     spline = [
-        *_ticket("spline-rho-0", "--set", "ticket.rho=0"),
-        *_ticket("spline-rho-0.5", "--set", "ticket.rho=0.5"),
-        *_ticket("spline-merge", "--merge"),
-        *_ticket("spline-bare", "--set", "ticket.repair=none"),
-        *_ticket("spline-global", "--scope", "global", budget=HALFS_MACS),
+        *_ticket("spline-rho-0", *SPLINE, "--set", "ticket.rho=0"),
+        *_ticket("spline-rho-0.5", *SPLINE, "--set", "ticket.rho=0.5"),
+        *_ticket("spline-merge", *SPLINE, "--merge"),
+        *_ticket("spline-bare", *SPLINE, "--set", "ticket.repair=none"),
+        *_ticket("spline-global", *SPLINE, "--scope", "global", budget=HALFS_MACS),
+        *_ticket("obs-global", "--criterion", "obs", "--scope", "global", budget=HALFS_MACS),
+        *_ticket("obs-bare", "--criterion", "obs", "--set", "ticket.repair=none"),
         *_pooled("spline", "mean"),
         *_pooled("spline", "macs"),
         *_pooled("l2", "raw"),

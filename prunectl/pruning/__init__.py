@@ -29,6 +29,8 @@ _EXPORTS = {
     "activation_code": "spline",
     "code_distance": "spline",
     "spline_scores": "spline",
+    "removal_errors": "surgeon",
+    "covariances": "moments",
     "analyse": "surgery",
     "compact": "surgery",
     "replay": "surgery",

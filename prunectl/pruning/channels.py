@@ -10,13 +10,14 @@ gives its filter, since channels that it treats differently are no copies, but n
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from prunectl.errors import VerificationFailed
+from prunectl.pruning.moments import readers
 from prunectl.pruning.surgery import Dense, Graph, Group, Member, Norm
 
 
@@ -28,7 +29,8 @@ class Channels:
     weights (C, D): the same filters as they are stored. gammas (C, B): |scale| of the group's batch norms, B may be 0.
     scale (C,): how far the channel's values spread: the mean |scale| of its batch norms, or where it has none the norm of its filter.
     outgoing (C,): L2 norm of all weights that read the channel. gradients (C, D): of the loss by `weights`, or None.
-    rho: weight of the bias term in the spline criterion. seed: for criteria that draw."""
+    readers: for each layer that reads the channels, how they vary together there and the products of its weights, both (C, C)
+    float64; or None. rho: weight of the bias term in the spline criterion. seed: for criteria that draw."""
 
     name: str
     filters: Tensor
@@ -38,23 +40,38 @@ class Channels:
     scale: Tensor
     outgoing: Tensor
     gradients: Tensor | None
+    readers: tuple[tuple[Tensor, Tensor], ...] | None
     rho: float
     seed: int
 
 
 def describe(
-    model: nn.Module, graph: Graph, *, rho: float = 0.05, seed: int = 0, gradients: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    graph: Graph,
+    *,
+    rho: float = 0.05,
+    seed: int = 0,
+    gradients: Mapping[str, Tensor] | None = None,
+    covariances: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> dict[str, Channels]:
-    """Every unlocked group of `graph` by name. gradients: parameter name -> gradient, for criteria that use it.
+    """Every unlocked group of `graph` by name. For criteria that use them, gradients: parameter name -> gradient, and covariances,
+    as `moments.covariances` gives them.
 
-    Raises VerificationFailed when weights, statistics or gradients are not finite."""
-    return {g.name: _finite(_describe(model, graph, g, rho, seed, gradients)) for g in graph.groups if not g.locked}
+    Raises VerificationFailed when weights, statistics, gradients or covariances are not finite."""
+    return {g.name: _finite(_describe(model, graph, g, rho, seed, gradients, covariances)) for g in graph.groups if not g.locked}
 
 
-def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: int, gradients: Mapping[str, Tensor] | None) -> Channels:
+def _describe(
+    model: nn.Module,
+    graph: Graph,
+    group: Group,
+    rho: float,
+    seed: int,
+    gradients: Mapping[str, Tensor] | None,
+    covariances: Mapping[str, Sequence[Tensor]] | None,
+) -> Channels:
     layers = [(m, model.get_submodule(m.layer)) for m in group.members]
     producers = [(m, layer) for m, layer in layers if m.out and isinstance(layer, Dense)]
-    readers = [(m, layer) for m, layer in layers if not m.out and isinstance(layer, Dense)]
     norms = [(m, layer) for m, layer in layers if isinstance(layer, Norm)]
     weights = [_by_root(group, m, _rows(layer.weight)) for m, layer in producers]
     own = {m.layer: graph.norm_after[m.layer] for m, _ in producers if m.layer in graph.norm_after}
@@ -71,7 +88,7 @@ def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: in
             bias = bias + stored * scale + shift
     if len(own) < len(producers):
         bias = bias + shared[1]
-    squares = [_by_root(group, m, _columns(layer.weight)).square().sum(1) for m, layer in readers]
+    columns = [_by_root(group, m, _columns(layer.weight)) for m, layer in readers(model, group)]
     gammas = [_by_root(group, m, _plain(norm.weight)).abs() for m, norm in norms if norm.affine]
     spreads = [_by_root(group, m, _plain(norm.weight)).abs() if norm.affine else torch.ones(group.channels) for m, norm in norms]
     folded = torch.cat(filters, 1)
@@ -82,11 +99,17 @@ def _describe(model: nn.Module, graph: Graph, group: Group, rho: float, seed: in
         weights=torch.cat(weights, 1),
         gammas=torch.stack(gammas, 1) if gammas else torch.zeros(group.channels, 0),
         scale=torch.stack(spreads).mean(0) if spreads else folded.norm(dim=1),
-        outgoing=torch.stack([zero, *squares]).sum(0).sqrt(),
+        outgoing=torch.stack([zero, *(c.square().sum(1) for c in columns)]).sum(0).sqrt(),
         gradients=torch.cat([_by_root(group, m, _rows(gradients[f"{m.layer}.weight"])) for m, _ in producers], 1) if gradients else None,
+        readers=_measured(columns, covariances[group.name]) if covariances is not None else None,
         rho=rho,
         seed=zlib.crc32(f"{seed}:{group.name}".encode()),
     )
+
+
+def _measured(columns: Sequence[Tensor], covariances: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+    grams = [w @ w.T for w in (c.double() for c in columns)]
+    return tuple(zip((c.double().cpu() for c in covariances), grams, strict=True))
 
 
 def _finite(c: Channels) -> Channels:
@@ -95,6 +118,7 @@ def _finite(c: Channels) -> Channels:
         ("biases", c.bias),
         ("readers", c.outgoing),
         ("gradients", c.gradients),
+        *(("readers' inputs", covariance) for covariance, _ in c.readers or ()),
     ):
         if t is not None and not bool(torch.isfinite(t).all()):
             raise VerificationFailed(

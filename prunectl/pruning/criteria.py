@@ -12,6 +12,7 @@ from torch import Tensor
 from prunectl.errors import Unsatisfiable
 from prunectl.pruning import spline as geometry
 from prunectl.pruning.channels import Channels
+from prunectl.pruning.surgeon import removal_errors
 from prunectl.registry import Registry
 
 criteria = Registry("criterion", "pruning/criteria.py")
@@ -69,6 +70,14 @@ def taylor(c: Channels) -> Tensor:
     if c.gradients is None:
         raise Unsatisfiable("criterion taylor needs gradients of the training loss, and none were given")
     return (c.weights.double() * c.gradients.double()).sum(1).square()
+
+
+@criteria.register
+def obs(c: Channels) -> Tensor:
+    """Error left at the channel's readers when those that stay stand in for it, on training images (Hassibi & Stork 1993)."""
+    if c.readers is None:
+        raise Unsatisfiable("criterion obs needs the covariance of what the layers read, and none was given")
+    return removal_errors(c.readers) if c.readers else c.scale.double()
 
 
 @criteria.register(name="random")

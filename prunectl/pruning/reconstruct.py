@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunectl.pruning.modes import evaluating
+from prunectl.pruning.moments import Moments, watch
+from prunectl.pruning.surgeon import RIDGE
 from prunectl.pruning.surgery import Graph
 
 _TINY = torch.finfo(torch.float64).tiny
-RIDGE = 1e-3  # of the mean variance: keeps the solve well-posed where channels are dead or copies of each other
 
 
 def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[int]], batches: Iterable[Tensor]) -> int:
@@ -27,78 +27,33 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
 
     batches: inputs (N, C, H, W) of the network, which runs in eval mode. Returns the number of images seen."""
     lost = _lost_inputs(model, graph, dropped)
-    moments = {name: _Moments(1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1) for name in lost}
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, m=m: m.add(inputs[0])) for name, m in moments.items()]
-    seen = 0
-    try:
-        with evaluating(model), torch.no_grad():
-            for x in batches:
-                model(x)
-                seen += len(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    moments = {name: Moments(1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1) for name in lost}
+    seen = watch(model, {name: m.add for name, m in moments.items()}, batches)
     for name, gone in lost.items():
         if moments[name].count:
             _stand_in(model.get_submodule(name), gone, moments[name], mean=name not in graph.norm_after)
     return seen
 
 
-class _Moments:
-    """Sums of a layer's inputs and of their products over images and positions, both less the first batch's mean.
-
-    channels: the dimension that they lie in. Without that shift a variance far below the squared mean would drown in the
-    rounding of the products. While there are fewer rows than channels, as behind a flatten, the rows themselves are kept:
-    they are the smaller."""
-
-    def __init__(self, channels: int) -> None:
-        self.channels, self.count = channels, 0
-        self.shift = self.sum = torch.empty(0)
-        self.rows: list[Tensor] = []
-        self.products: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        rows = x.movedim(self.channels, -1).flatten(0, -2)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        if not self.count:
-            self.shift = rows.mean(0)
-            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
-        rows = rows - self.shift
-        self.count += len(rows)
-        self.sum += rows.sum(0)
-        self.rows.append(rows)
-        if self.products is not None or self.count > len(self.shift):
-            if self.products is None:
-                self.products = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=x.device)
-            with torch.autocast(x.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
-                for r in self.rows:
-                    self.products += r.T @ r
-            self.rows = []
-
-    @property
-    def mean(self) -> Tensor:
-        return self.shift + self.sum / self.count
-
-    def mixed(self, weight: Tensor, kept: Tensor, lost: Tensor) -> Tensor:
-        """(O, S, ...): weight (O, R, ...) of the lost inputs, given to the kept ones."""
-        centre = self.sum / self.count
-        if self.products is None:
-            x = torch.cat(self.rows).double() - centre
-            s, r = x[:, kept], x[:, lost]
-            ridge = RIDGE * s.square().mean().clamp(min=_TINY) * self.count
-            system = s @ s.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
-            answers = torch.linalg.solve(system, torch.einsum("or...,nr->no...", weight, r).flatten(1))
-            return torch.einsum("no...,ns->os...", answers.view(len(x), weight.shape[0], *weight.shape[2:]), s)
-        covariance = self.products / self.count - centre[:, None] * centre[None, :]
-        within = covariance[kept][:, kept]
-        ridge = RIDGE * within.diagonal().mean().clamp(min=_TINY)
-        system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
-        mix = torch.linalg.solve(system, covariance[kept][:, lost])  # (S, R): M transposed
-        return torch.einsum("or...,sr->os...", weight, mix)
+def _mixed(moments: Moments, weight: Tensor, kept: Tensor, lost: Tensor) -> Tensor:
+    """(O, S, ...): weight (O, R, ...) of the lost inputs, given to the kept ones."""
+    if moments.products is None:
+        x = torch.cat(moments.rows).double() - moments.centre
+        s, r = x[:, kept], x[:, lost]
+        ridge = RIDGE * s.square().mean().clamp(min=_TINY) * moments.count
+        system = s @ s.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        answers = torch.linalg.solve(system, torch.einsum("or...,nr->no...", weight, r).flatten(1))
+        return torch.einsum("no...,ns->os...", answers.view(len(x), weight.shape[0], *weight.shape[2:]), s)
+    covariance = moments.covariance
+    within = covariance[kept][:, kept]
+    ridge = RIDGE * within.diagonal().mean().clamp(min=_TINY)
+    system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
+    mix = torch.linalg.solve(system, covariance[kept][:, lost])  # (S, R): M transposed
+    return torch.einsum("or...,sr->os...", weight, mix)
 
 
 @torch.no_grad()
-def _stand_in(layer: nn.Module, gone: list[int], moments: _Moments, *, mean: bool) -> None:
+def _stand_in(layer: nn.Module, gone: list[int], moments: Moments, *, mean: bool) -> None:
     """mean: the layer's bias, if it has one, takes what the lost inputs' means are no longer there to give."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     weight, device = layer.weight.data, moments.sum.device
@@ -108,7 +63,7 @@ def _stand_in(layer: nn.Module, gone: list[int], moments: _Moments, *, mean: boo
     kept = stays.nonzero().flatten()
     with torch.autocast(device.type, enabled=False):
         old = weight[:, lost].double()
-        new = moments.mixed(old, kept, lost)
+        new = _mixed(moments, old, kept, lost)
         if not new.isfinite().all():
             return  # activations out of range: better the weights as they are
         weight[:, kept] += new.to(weight)

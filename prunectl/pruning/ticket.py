@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,16 +69,18 @@ def plan_ticket(
     rho: float = 0.05,
     seed: int = 0,
     gradients: Mapping[str, Tensor] | None = None,
+    covariances: Mapping[str, Sequence[Tensor]] | None = None,
     began: Mapping[str, int] | None = None,
 ) -> TicketPlan:
     """The plan that meets `budget` on `model` as it is now; the model is left alone.
 
     example: (1, C, H, W). pooling: what makes scores of different layers comparable under global scope. round_to: a multiple
-    for every width, None for the coarsest of 8, 4, 2, 1 that meets the budget. began: group -> channels before earlier
+    for every width, None for the coarsest of 8, 4, 2, 1 that meets the budget. gradients, covariances: for
+    criteria that look at images, see `describe`. began: group -> channels before earlier
     prunings, which floors are a share of. Raises Unsatisfiable when nothing can go or the budget cannot be met."""
     graph = analyse(model, example)
     free = allocate.prunable(graph, keep, began=began)
-    views = describe(model, graph, rho=rho, seed=seed, gradients=gradients)
+    views = describe(model, graph, rho=rho, seed=seed, gradients=gradients, covariances=covariances)
     score = criteria.get(criterion)
     scores = {name: score(views[name]) for name in free}
     order = {name: s.argsort(stable=True).tolist() for name, s in scores.items()}

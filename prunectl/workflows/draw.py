@@ -17,9 +17,10 @@ from prunectl.errors import Unsatisfiable
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
 from prunectl.pruning.merge import merge_
+from prunectl.pruning.moments import covariances
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
-from prunectl.pruning.surgery import Compacted, Dense, carry, compact, replay
+from prunectl.pruning.surgery import Compacted, Dense, analyse, carry, compact, replay
 from prunectl.pruning.ticket import AUTO_ROUNDS, TicketPlan, check_against_plan, composed, plan_ticket
 from prunectl.recipe import Ticket
 from prunectl.training.gradients import mean_gradients
@@ -35,7 +36,7 @@ REPAIR_IMAGES, REPAIR_BATCH = 512, 64
 
 def preflight(session: Session, settings: Ticket) -> TicketPlan:
     """The plan that the untrained network would get: refuses before training what could only be refused after it."""
-    plan = _plan(session, settings, 1, 1)
+    plan = _plan(session, _unseeing(settings), 1, 1)
     if settings.draws > 1:
         _rehearse(session, settings, settings.draws)
     session.ui.detail(
@@ -60,6 +61,8 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
     if settings.criterion == "taylor":
         images = min(GRADIENT_BATCHES * session.recipe.train.batch_size, session.data.info.n_train)
         session.spent_flops += cost.training_flops(session.macs, images)
+    elif settings.criterion == "obs":
+        session.spent_flops += cost.forward_flops(session.macs, min(REPAIR_IMAGES, session.data.info.n_train))
     source = _repaired(session, settings, plan) if settings.weights == "inherit" else dense  # else its weights are not kept
     small = compact(source, plan.dropped, session.example())
     counted = check_against_plan(plan, small.module, session.input_shape)
@@ -116,12 +119,16 @@ def _warn_of_odd_widths(session: Session, settings: Ticket, plan: TicketPlan) ->
         )
 
 
+def _unseeing(settings: Ticket) -> Ticket:
+    """Without a look at images: gradients and covariances of networks that will never be are not worth their price."""
+    return settings.model_copy(update={"criterion": "l2"}) if settings.criterion in ("taylor", "obs") else settings
+
+
 def _rehearse(session: Session, settings: Ticket, draws: int) -> None:
     """All draws in turn from the network as it is, untrained in between. Raises Unsatisfiable where the last cannot meet the budget.
 
     With layerwise scope the widths are those of the real draws, whatever the scores; with global scope they are near them."""
-    if settings.criterion == "taylor":
-        settings = settings.model_copy(update={"criterion": "l2"})  # gradients of networks that will never be are not worth their price
+    settings = _unseeing(settings)
     model, before, nth = session.state.model, None, 0
     while nth < draws:
         nth, plan = _next(session, settings, nth + 1, draws, before, model)
@@ -198,12 +205,17 @@ def _plan(
 ) -> TicketPlan:
     """The nth of `draws` draws, from `model`, the session's own unless it is given; before: the record of the draws until then."""
     model = model or session.state.model
-    gradients = None
+    gradients = measured = None
     if settings.criterion == "taylor":
         size = session.recipe.train.batch_size
         batches = session.data.eval_batches("train", batch_size=size, limit=GRADIENT_BATCHES * size)
         gradients = mean_gradients(model, batches, session.place)
         dist.tensors_of_rank_0(gradients.values())  # GPUs may differ in the last bits, and channels go by their rank
+    elif settings.criterion == "obs":
+        batches = session.data.eval_batches("train", batch_size=REPAIR_BATCH, limit=REPAIR_IMAGES)
+        with session.place.autocast():
+            measured = covariances(model, analyse(model, session.example()), (session.place.images(x) for x, _ in batches))
+        dist.tensors_of_rank_0(c for group in measured.values() for c in group)
     return plan_ticket(
         model,
         session.example(),
@@ -216,6 +228,7 @@ def _plan(
         rho=settings.rho,
         seed=session.recipe.seed,
         gradients=gradients,
+        covariances=measured,
         began={name: width for name, (width, _) in before["widths"].items()} if before else None,
     )
 

@@ -18,6 +18,7 @@ from prunectl.errors import Unsatisfiable
 from prunectl.pruning import spline as geometry
 from prunectl.pruning.channels import Channels, describe
 from prunectl.pruning.criteria import criteria
+from prunectl.pruning.moments import covariances
 from prunectl.pruning.surgery import Group, analyse
 
 NAMES = criteria.names()
@@ -28,6 +29,7 @@ NETS = {**PRUNABLE, "self_concatenated": SelfConcatenated}
 def channels(n: int, seed: int = 0, *, dim: int = 9, norms: int = 2) -> Channels:
     g = torch.Generator().manual_seed(seed)
     filters, weights, gradients = (torch.randn(n, dim, generator=g) for _ in range(3))
+    inputs, read = (torch.randn(2, 3 * n, n, generator=g, dtype=torch.float64) for _ in range(2))
     return Channels(
         name="made-up",
         filters=filters,
@@ -37,6 +39,7 @@ def channels(n: int, seed: int = 0, *, dim: int = 9, norms: int = 2) -> Channels
         scale=0.1 + torch.rand(n, generator=g),
         outgoing=0.1 + torch.rand(n, generator=g),
         gradients=gradients,
+        readers=tuple((x.T @ x / len(x), w.T @ w) for x, w in zip(inputs, read, strict=True)),
         rho=0.05,
         seed=seed,
     )
@@ -44,7 +47,9 @@ def channels(n: int, seed: int = 0, *, dim: int = 9, norms: int = 2) -> Channels
 
 def moved(c: Channels, order: Tensor) -> Channels:
     rows = {f.name: getattr(c, f.name)[order] for f in dataclasses.fields(c) if isinstance(getattr(c, f.name), Tensor)}
-    return dataclasses.replace(c, **rows)
+    assert c.readers is not None
+    readers = tuple((k[order][:, order], g[order][:, order]) for k, g in c.readers)
+    return dataclasses.replace(c, **rows, readers=readers)
 
 
 # ---- the contract
@@ -62,7 +67,10 @@ def test_scores_have_the_shape_are_finite_and_repeat(name: str, n: int) -> None:
     assert torch.equal(state, torch.get_rng_state())
     for field, value in before.items():
         now = getattr(c, field)
-        assert torch.equal(now, value) if isinstance(value, Tensor) else now == value
+        if isinstance(value, Tensor | tuple):
+            torch.testing.assert_close(now, value, rtol=0, atol=0)
+        else:
+            assert now == value
 
 
 @pytest.mark.parametrize("name", EQUIVARIANT)
@@ -108,8 +116,8 @@ def test_scores_follow_a_permutation_inside_a_network(net: str) -> None:
         carried = dict(permuted(carrier, group, order).named_parameters())
         with torch.no_grad():
             assert torch.allclose(other(x), model(x), rtol=1e-10)
-        before = describe(model, graph, gradients=gradients)
-        after = describe(other, graph, gradients={n: p.detach() for n, p in carried.items()})
+        before = describe(model, graph, gradients=gradients, covariances=covariances(model, graph, [x]))
+        after = describe(other, graph, gradients={n: p.detach() for n, p in carried.items()}, covariances=covariances(other, graph, [x]))
         for name in EQUIVARIANT:
             if name == "bn-scale" and before[group.name].gammas.shape[1] == 0:
                 continue
@@ -122,7 +130,8 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
     model = randomised(plain())
     gradients = {n: torch.ones_like(p) for n, p in model.named_parameters()}
     state = {n: t.clone() for n, t in model.state_dict().items()}
-    for c in describe(model, analyse(model, images(1)), gradients=gradients).values():
+    graph = analyse(model, images(1))
+    for c in describe(model, graph, gradients=gradients, covariances=covariances(model, graph, [images()])).values():
         criteria.get(name)(c)
         for t in (c.filters, c.weights, c.bias):
             t.add_(1)  # a view of the network would change with it
@@ -134,6 +143,9 @@ def test_the_model_is_left_as_it_was(name: str) -> None:
 def test_filters_of_zeros_and_exact_copies_are_ranked_without_nan(name: str) -> None:
     c = channels(12)
     c.filters[3], c.weights[3], c.gammas[3] = 0, 0, 0
+    assert c.readers is not None
+    for covariance, _ in c.readers:
+        covariance[3], covariance[:, 3] = 0, 0
     c.filters[7], c.weights[7], c.bias[7] = c.filters[2], c.weights[2], c.bias[2]
     score = criteria.get(name)(c)
     assert torch.isfinite(score).all()
@@ -240,3 +252,5 @@ def test_criteria_that_lack_what_they_need_say_so() -> None:
         criteria.get("bn-scale")(dataclasses.replace(c, gammas=torch.zeros(8, 0)))
     with pytest.raises(Unsatisfiable, match="taylor needs gradients"):
         criteria.get("taylor")(dataclasses.replace(c, gradients=None))
+    with pytest.raises(Unsatisfiable, match="obs needs the covariance"):
+        criteria.get("obs")(dataclasses.replace(c, readers=None))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from prunectl import models
 from prunectl.pruning.merge import merge_
-from prunectl.pruning.reconstruct import RIDGE, _Moments, reconstruct_
+from prunectl.pruning.moments import Moments
+from prunectl.pruning.reconstruct import _mixed, reconstruct_
+from prunectl.pruning.surgeon import RIDGE
 from prunectl.pruning.surgery import analyse, compact
 
 EXAMPLE = torch.zeros(1, 1, 28, 28, dtype=torch.float64)
@@ -89,7 +91,7 @@ def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 60, generator=draw, dtype=torch.float64) @ torch.randn(60, 60, generator=draw, dtype=torch.float64) + 5
     weight = torch.randn(7, 60, generator=draw, dtype=torch.float64)
-    moments, lost, kept = _Moments(-1), torch.arange(20), torch.arange(20, 60)
+    moments, lost, kept = Moments(-1), torch.arange(20), torch.arange(20, 60)
     for part in x.split(16):
         moments.add(part)
     centred = x - x.mean(0)
@@ -97,8 +99,8 @@ def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int) -> None:
     within = covariance[kept][:, kept]
     system = within + RIDGE * within.diagonal().mean() * torch.eye(40, dtype=torch.float64)
     expected = weight[:, lost] @ covariance[lost][:, kept] @ torch.linalg.inv(system)
-    assert torch.allclose(moments.mixed(weight[:, lost], kept, lost), expected, rtol=1e-6, atol=1e-8)
-    assert torch.allclose(moments.mean, x.mean(0))
+    assert torch.allclose(_mixed(moments, weight[:, lost], kept, lost), expected, rtol=1e-6, atol=1e-8)
+    assert torch.allclose(moments.mean, x.mean(0)) and torch.allclose(moments.covariance, covariance, rtol=1e-6)
 
 
 def test_half_precision_forward_passes_leave_the_mix_exact() -> None:

@@ -1,0 +1,147 @@
+"""Optimal Brain Surgeon for channels against the error it claims to know, worked out afresh for every set of channels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pruning_nets import PRUNABLE, flattened, images, plain, randomised
+from torch import Tensor, nn
+
+from prunectl.errors import VerificationFailed
+from prunectl.pruning.channels import describe
+from prunectl.pruning.criteria import criteria
+from prunectl.pruning.moments import covariances
+from prunectl.pruning.reconstruct import reconstruct_
+from prunectl.pruning.surgeon import BLOCK, RIDGE, removal_errors
+from prunectl.pruning.surgery import analyse
+
+Reader = tuple[Tensor, Tensor]
+
+
+def reader(n: int, seed: int, rows: int | None = None) -> Reader:
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(n, n, generator=g, dtype=torch.float64)
+    x = torch.randn(rows or 4 * n, n, generator=g, dtype=torch.float64) @ mix
+    w = torch.randn(n, 7, generator=g, dtype=torch.float64)
+    return x.T @ x / len(x), w @ w.T
+
+
+def error_without(readers: list[Reader], gone: list[int]) -> float:
+    """tr G_RR (K_RR - K_RS K_SS^-1 K_SR), summed over the readers, with the ridge on K."""
+    total = 0.0
+    for covariance, gram in readers:
+        k = covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        r, s = torch.tensor(gone), torch.tensor([i for i in range(len(k)) if i not in gone], dtype=torch.long)
+        rest = k[r][:, r] - (k[r][:, s] @ torch.linalg.solve(k[s][:, s], k[s][:, r]) if len(s) else 0)
+        total += float((gram[r][:, r] * rest).sum())
+    return total
+
+
+def greedy(readers: list[Reader]) -> Tensor:
+    n, gone, before, last = len(readers[0][0]), list[int](), 0.0, 0.0
+    errors = torch.zeros(n, dtype=torch.float64)
+    while len(gone) < n:
+        now, k = min((error_without(readers, [*gone, k]), k) for k in range(n) if k not in gone)
+        last = max(last, now - before)
+        gone, before, errors[k] = [*gone, k], now, last
+    return errors
+
+
+@pytest.mark.parametrize(("n", "readers"), [(1, 1), (2, 1), (9, 3), (BLOCK, 1), (BLOCK + 5, 2)])  # within a block, and beyond one
+def test_errors_equal_greedy_removal_from_scratch(n: int, readers: int) -> None:
+    given_ = [reader(n, seed) for seed in range(readers)]
+    expected = greedy(given_)
+    assert torch.allclose(removal_errors(given_), expected, rtol=1e-8, atol=1e-10 * float(expected.max()))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**16), n=st.integers(2, 2 * BLOCK + 3))
+def test_one_pass_ranks_the_layer(seed: int, n: int) -> None:
+    """Errors are finite and not negative; a channel that goes later never costs less."""
+    readers = [reader(n, seed), reader(n, seed + 1, rows=max(2, n // 3))]  # the second from fewer images than channels
+    errors = removal_errors(readers)
+    assert torch.isfinite(errors).all() and (errors >= 0).all() and len(errors.unique()) > n // 2
+    half = errors.argsort()[: n // 2].tolist()
+    others = errors.argsort()[-len(half) :].tolist()
+    if half:
+        assert error_without(readers, half) <= error_without(readers, others)
+
+
+def test_a_mix_of_several_others_goes_before_any_lone_channel() -> None:
+    """No comparison of pairs finds it: at 0.7 of the correlation with either."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 8, generator=g, dtype=torch.float64)
+    x[:, 5] = x[:, 1] - x[:, 2]
+    x[:, 7] = 0
+    gram = torch.eye(8, dtype=torch.float64)
+    order = removal_errors([(x.T @ x / len(x), gram)]).argsort(stable=True).tolist()
+    assert order[0] == 7 and order[1] in (1, 2, 5)
+
+
+def test_dead_readers_and_dead_channels_are_ranked_without_nan() -> None:
+    zero, (k, g) = torch.zeros(12, 12, dtype=torch.float64), reader(12, 0)
+    for readers in ([(zero, zero)], [(zero, g)], [(k, zero)], [(k, g), (zero, zero)], [(torch.ones_like(k), g)]):
+        assert torch.isfinite(removal_errors(readers)).all()
+
+
+# ---- measured on networks
+
+
+@pytest.mark.parametrize("net", PRUNABLE)
+def test_every_network_has_covariances_of_every_group(net: str) -> None:
+    model, x = randomised(PRUNABLE[net]()), images(8)
+    graph = analyse(model, x[:1])
+    found = covariances(model, graph, x.split(3))
+    assert set(found) == {g.name for g in graph.groups if not g.locked}
+    for name, c in describe(model, graph, covariances=found).items():
+        assert c.readers is not None and len(c.readers) == len(found[name])
+        assert all(k.shape == g.shape == (graph[name].channels,) * 2 and torch.isfinite(k).all() for k, g in c.readers)
+        assert torch.isfinite(criteria.get("obs")(c)).all()
+        read = torch.stack([g.diagonal() for _, g in c.readers]).sum(0)
+        assert torch.allclose(read.sqrt().float(), c.outgoing, rtol=1e-5)
+
+
+def test_covariances_are_those_of_what_the_readers_are_given() -> None:
+    model, x = randomised(plain(12, 10)), images(6)
+    graph = analyse(model, x[:1])
+    found = covariances(model, graph, [x[:2], x[2:]])
+    with torch.no_grad():
+        seen = model[:3](x).movedim(1, -1).flatten(0, -2)
+        last = model[:8](x)
+    assert torch.allclose(found["0"][0], torch.cov(seen.T, correction=0))
+    assert torch.allclose(found["3"][0], torch.cov(last.T, correction=0))
+
+
+def test_behind_a_flatten_the_inputs_of_a_channel_count_as_positions() -> None:
+    model, x = randomised(flattened()), images(6)
+    with torch.no_grad():
+        seen = model[:3](x).movedim(1, -1).flatten(0, -2)  # (N x 16 positions, 12)
+    assert torch.allclose(covariances(model, analyse(model, x[:1]), [x])["0"][0], torch.cov(seen.T, correction=0))
+
+
+def test_the_error_is_what_the_reader_loses_after_the_repair() -> None:
+    """The claim itself: removed by these scores and repaired, a reader's output is off by their sum, but for the ridge's share."""
+    model, x = randomised(plain(20, 10)), images(64)
+    with torch.no_grad():
+        model[0].weight[10:] = model[0].weight[:10] + 0.5 * model[0].weight[10:]  # what copies leave would be the ridge
+    model[3] = nn.Conv2d(20, 10, 1, bias=False).double()  # a 1 x 1 reader, whose output is a sum over channels only
+    graph = analyse(model, x[:1])
+    errors = removal_errors(list(describe(model, graph, covariances=covariances(model, graph, [x]))["0"].readers or ()))
+    gone = errors.argsort()[:8].tolist()
+    with torch.no_grad():
+        inputs, before = model[:3](x), model[:4](x)
+        reconstruct_(model, graph, {"0": gone}, [x])
+        inputs[:, gone] = 0
+        lost = (model[3](inputs) - before).movedim(1, -1).flatten(0, -2)
+    claimed = float(errors[gone].sum())
+    assert float(lost.var(0, correction=0).sum()) == pytest.approx(claimed, rel=0.05)
+
+
+def test_activations_that_are_not_finite_are_refused() -> None:
+    model, x = randomised(plain(12, 10)), images(4)
+    graph = analyse(model, x[:1])
+    found = covariances(model, graph, [x * float("nan")])
+    with pytest.raises(VerificationFailed, match="readers' inputs are not finite"):
+        describe(model, graph, covariances=found)
