@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3  # of the mean variance: keeps the solve well-posed where channels are dead or copies of each other
-BLOCK = 32
+BLOCK = 128
 _TINY = 1e-30
 
 
@@ -55,7 +55,7 @@ class _Reader:
 
     def __init__(self, covariance: Tensor, gram: Tensor) -> None:
         ridge = RIDGE * covariance.diagonal().mean().clamp(min=_TINY)
-        self.h = torch.linalg.inv(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype))
+        self.h = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)))
         self.g = gram
         self._begin()
 
@@ -76,10 +76,10 @@ class _Reader:
         self.n += 1
 
     def settle(self, stays: Tensor) -> None:
-        v, u, lengths = self.v[: self.n, stays], self.u[: self.n, stays], self.lengths[: self.n, None]
-        mixed = v.T @ u
-        self.h = self.h[stays][:, stays] - v.T @ (lengths * v)
-        self.g = self.g[stays][:, stays] - mixed - mixed.T
+        left = stays.nonzero().flatten()
+        v, u, lengths = self.v[: self.n, left], self.u[: self.n, left], self.lengths[: self.n, None]
+        self.h = self.h[left[:, None], left].addmm_(v.T, lengths * v, alpha=-1)
+        self.g = self.g[left[:, None], left].addmm_(torch.cat([v, u]).T, torch.cat([u, v]), alpha=-1)
         self._begin()
 
     def _begin(self) -> None:

@@ -10,11 +10,12 @@ from pruning_nets import PRUNABLE, flattened, images, plain, randomised
 from torch import Tensor, nn
 
 from prunectl.errors import VerificationFailed
+from prunectl.pruning import surgeon
 from prunectl.pruning.channels import describe
 from prunectl.pruning.criteria import criteria
 from prunectl.pruning.moments import covariances
 from prunectl.pruning.reconstruct import reconstruct_
-from prunectl.pruning.surgeon import BLOCK, RIDGE, removal_errors
+from prunectl.pruning.surgeon import RIDGE, removal_errors
 from prunectl.pruning.surgery import analyse
 
 Reader = tuple[Tensor, Tensor]
@@ -49,15 +50,16 @@ def greedy(readers: list[Reader]) -> Tensor:
     return errors
 
 
-@pytest.mark.parametrize(("n", "readers"), [(1, 1), (2, 1), (9, 3), (BLOCK, 1), (BLOCK + 5, 2)])  # within a block, and beyond one
-def test_errors_equal_greedy_removal_from_scratch(n: int, readers: int) -> None:
+@pytest.mark.parametrize(("n", "readers"), [(1, 1), (2, 1), (7, 3), (8, 1), (29, 2)])
+def test_errors_equal_greedy_removal_from_scratch(n: int, readers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgeon, "BLOCK", 8)  # within a block, and beyond some
     given_ = [reader(n, seed) for seed in range(readers)]
     expected = greedy(given_)
     assert torch.allclose(removal_errors(given_), expected, rtol=1e-8, atol=1e-10 * float(expected.max()))
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**16), n=st.integers(2, 2 * BLOCK + 3))
+@given(seed=st.integers(0, 2**16), n=st.integers(2, 300))
 def test_one_pass_ranks_the_layer(seed: int, n: int) -> None:
     """Errors are finite and not negative; a channel that goes later never costs less."""
     readers = [reader(n, seed), reader(n, seed + 1, rows=max(2, n // 3))]  # the second from fewer images than channels
