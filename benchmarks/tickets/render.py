@@ -78,6 +78,23 @@ def row(net: str, arm: str, arms: dict[str, Seeds]) -> str:
     return "| " + " | ".join(shown) + " |"
 
 
+def together() -> list[str]:
+    """Rivals of the default over every network, sparsity and seed that both have on test images: a line of the table each."""
+    pairs: dict[str, list[float]] = defaultdict(list)
+    for (_, judged), arms in sorted(cells().items()):
+        for arm, seeds in arms.items():
+            share, default = share_of(arm), arms.get(f"default-{share_of(arm)}", {})
+            if judged == "test" and share and default is not seeds:
+                pairs[arm.removesuffix(f"-{share}")] += [accuracy(r) - accuracy(default[s]) for s, r in seeds.items() if s in default]
+    rows = []
+    for arm, found in sorted(pairs.items(), key=lambda p: -statistics.mean(p[1] or [0])):
+        if len(found) > 1:
+            error = statistics.stdev(found) / len(found) ** 0.5
+            ahead = sum(d > 0 for d in found)
+            rows.append(f"| {arm} | {len(found)} | {statistics.mean(found):+.2f} ± {error:.2f} | {ahead} |")
+    return rows
+
+
 def text() -> str:
     lines = [
         "# Tickets on Fashion-MNIST",
@@ -99,6 +116,14 @@ def text() -> str:
         name, width = NETS[net]
         lines += ["", f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}", "", HEAD, "|---" * 11 + "|"]
         lines += [row(net, arm, arms) for arm in sorted(arms, key=lambda a: (a != "dense", share_of(a), -mean_of(arms[a])))]
+    lines += [
+        "",
+        "## Rivals over all networks and sparsities, test",
+        "",
+        "Difference to the default, mean ± standard error of the mean over pairs",
+        "of one network, sparsity and seed.",
+    ]
+    lines += ["", "| arm | pairs | to the default | ahead in |", "|---" * 4 + "|", *together()]
     return "\n".join(lines) + "\n"
 
 
