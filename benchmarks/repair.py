@@ -18,9 +18,10 @@ from prunectl import data
 from prunectl.pruning.budget import Budget
 from prunectl.pruning.criteria import criteria
 from prunectl.pruning.merge import merge_
+from prunectl.pruning.moments import covariances
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
-from prunectl.pruning.surgery import compact
+from prunectl.pruning.surgery import analyse, compact
 from prunectl.pruning.ticket import TicketPlan, plan_ticket
 from prunectl.training import compactmodel
 from prunectl.training.evaluate import accuracy
@@ -37,6 +38,10 @@ def main() -> None:
     model = place.put(saved.module())
     example = compactmodel.example_input(saved.plan["model"])
     gradients = mean_gradients(model, islice(images.eval_batches("train", batch_size=128), 20), place)
+
+    graph = analyse(model, example)
+    with place.autocast():
+        seen = covariances(model, graph, (place.images(x) for x, _ in images.eval_batches("train", batch_size=64, limit=REPAIR)))
 
     def pruned(plan: TicketPlan, repair: str) -> nn.Module:
         source = copy.deepcopy(model)
@@ -57,7 +62,8 @@ def main() -> None:
     print("| sparsity | criterion | " + " | ".join(REPAIRS) + " |")
     for sparsity in (0.3, 0.5, 0.7):
         for criterion in criteria.names():
-            plan = plan_ticket(model, example, budget=Budget("channels", sparsity), criterion=criterion, gradients=gradients)
+            looks = {"gradients": gradients, "covariances": seen}
+            plan = plan_ticket(model, example, budget=Budget("channels", sparsity), criterion=criterion, **looks)
             cells = [f"{validation(pruned(plan, repair)):.1f}" for repair in REPAIRS]
             print(f"| {sparsity} | {criterion} | " + " | ".join(cells) + " |", flush=True)
 

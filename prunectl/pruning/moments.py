@@ -71,25 +71,61 @@ def covariances(model: nn.Module, graph: Graph, batches: Iterable[Tensor]) -> di
     """Unlocked group -> for each of its `readers`, (C, C) float64: how the channels vary together where they are read.
 
     batches: inputs (N, C, H, W) of the network, which runs in eval mode. The inputs of one channel, where a flatten made
-    several of it, count as positions. A reader that never runs reads independent channels."""
-    found: dict[str, list[Moments]] = {}
-    feeds: dict[str, list[Callable[[Tensor], None]]] = {}
+    several of it, are pooled, each about its own mean. A reader that never runs reads independent channels."""
+    found: dict[str, list[_Pooled]] = {}
+    feeds: dict[str, list[_Pooled]] = {}
     for group in graph.groups:
         if not group.locked:
-            found[group.name] = []
-            for m, layer in readers(model, group):
-                found[group.name].append(Moments(-1))
-                order = torch.tensor([i for _, i in sorted(zip(m.root, m.index, strict=True))])
-                dim = 1 if isinstance(layer, nn.Conv2d) else -1
-                feeds.setdefault(m.layer, []).append(partial(_add_channels, found[group.name][-1], order, group.channels, dim))
-    watch(model, {name: partial(_each, called) for name, called in feeds.items()}, batches)
-    nothing = {g.name: torch.eye(g.channels, dtype=torch.float64) for g in graph.groups if not g.locked}
-    return {name: [m.covariance if m.count else nothing[name] for m in moments] for name, moments in found.items()}
+            found[group.name] = [
+                _Pooled(m, 1 if isinstance(layer, nn.Conv2d) else -1, group.channels) for m, layer in readers(model, group)
+            ]
+            for pooled in found[group.name]:
+                feeds.setdefault(pooled.layer, []).append(pooled)
+    watch(model, {name: partial(_each, pooled) for name, pooled in feeds.items()}, batches)
+    feeds.clear()
+    return {name: [p.covariance for p in found.pop(name)] for name in list(found)}  # sums of products are let go as they are used
+
+
+class _Pooled:
+    """Covariance of a group's channels in what one layer is given, over images and positions."""
+
+    def __init__(self, member: Member, dim: int, channels: int) -> None:
+        self.layer, self.dim, self.channels = member.layer, dim, channels
+        self.order = torch.tensor([i for _, i in sorted(zip(member.root, member.index, strict=True))])
+        self.count = 0
+        self.shift = self.sum = torch.empty(0)  # (inputs of a channel, C)
+        self.products = torch.eye(channels, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        rows = x.index_select(self.dim, self.order.to(x.device)).movedim(self.dim, -1).flatten(0, -2)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(-1, (self.channels, -1)).transpose(1, 2)
+        if not self.count:
+            self.shift = rows.mean(0)
+            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
+            self.products = torch.zeros(self.channels, self.channels, dtype=torch.float64, device=x.device)
+        rows = rows - self.shift
+        self.count += len(rows)
+        self.sum += rows.sum(0)
+        flat = rows.flatten(0, 1)
+        with torch.autocast(x.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
+            self.products += flat.T @ flat
+
+    @property
+    def covariance(self) -> Tensor:
+        if not self.count:
+            return self.products
+        centre = self.sum / self.count
+        return (self.products / self.count - centre.T @ centre) / len(centre)
 
 
 def watch(model: nn.Module, see: Mapping[str, Callable[[Tensor], None]], batches: Iterable[Tensor]) -> int:
     """Runs the network in eval mode; see[layer] is given each input of that layer. Returns the number of images."""
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, f=f: f(inputs[0])) for name, f in see.items()]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, named, f=f: f(args[0] if args else named["input"]), with_kwargs=True
+        )
+        for name, f in see.items()
+    ]
     seen = 0
     try:
         with evaluating(model), torch.no_grad():
@@ -102,11 +138,6 @@ def watch(model: nn.Module, see: Mapping[str, Callable[[Tensor], None]], batches
     return seen
 
 
-def _each(called: list[Callable[[Tensor], None]], x: Tensor) -> None:
-    for f in called:
-        f(x)
-
-
-def _add_channels(moments: Moments, order: Tensor, channels: int, dim: int, x: Tensor) -> None:
-    rows = x.index_select(dim, order.to(x.device)).movedim(dim, -1)
-    moments.add(rows.unflatten(-1, (channels, -1)).movedim(-1, 0))
+def _each(pooled: list[_Pooled], x: Tensor) -> None:
+    for p in pooled:
+        p.add(x)

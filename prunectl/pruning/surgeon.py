@@ -13,10 +13,13 @@ Gram matrix. Changes are gathered and applied a block at a time, as matrix produ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from prunectl.errors import VerificationFailed
 
 RIDGE = 1e-3  # of the mean variance: keeps the solve well-posed where channels are dead or copies of each other
 BLOCK = 128
@@ -27,7 +30,10 @@ def removal_errors(readers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """(C,) the error that each channel's removal adds for all readers, the cheapest first, after those before it: the lower, the
     more redundant. Never falls along that order, so that one pass ranks the layer for every ratio.
 
-    readers: for each the covariance of its inputs (C, C) and W W' (C, C) of its weights, float64."""
+    readers: for each the covariance of its inputs (C, C) and W W' (C, C) of its weights, float64. Raises VerificationFailed when they
+    are not finite."""
+    if not all(bool(t.isfinite().all()) for reader in readers for t in reader):
+        raise VerificationFailed("channels cannot be ranked: what their readers are given, or their weights, is not finite")
     systems = [_Reader(covariance, gram) for covariance, gram in readers]
     left = torch.arange(len(readers[0][0]))
     errors = torch.zeros(len(left), dtype=torch.float64)
@@ -37,7 +43,7 @@ def removal_errors(readers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         for _ in range(min(BLOCK, len(left))):
             cost = torch.stack([s.costs() for s in systems]).sum(0).where(stays, torch.inf)
             k = int(cost.argmin())
-            last = max(last, float(cost[k]))
+            last = max(math.nextafter(last, math.inf), float(cost[k]))  # no ties: the order is the greedy one
             errors[left[k]] = last
             stays[k] = False
             for s in systems:
@@ -54,8 +60,12 @@ class _Reader:
     Removal i changes H by -lengths[i] v_i v_i' and G by -(v_i u_i' + u_i v_i')."""
 
     def __init__(self, covariance: Tensor, gram: Tensor) -> None:
-        ridge = RIDGE * covariance.diagonal().mean().clamp(min=_TINY)
-        self.h = torch.cholesky_inverse(torch.linalg.cholesky(covariance + ridge * torch.eye(len(covariance), dtype=covariance.dtype)))
+        ridge, eye = RIDGE * covariance.diagonal().mean().clamp(min=_TINY), torch.eye(len(covariance), dtype=covariance.dtype)
+        factor, failed = torch.linalg.cholesky_ex(covariance + ridge * eye)
+        while failed:  # a few channels hold all the variance: the rounding of the products is larger than the ridge
+            ridge = 10 * ridge
+            factor, failed = torch.linalg.cholesky_ex(covariance + ridge * eye)
+        self.h = torch.cholesky_inverse(factor)
         self.g = gram
         self._begin()
 

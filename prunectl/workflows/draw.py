@@ -154,9 +154,10 @@ def _next(
     session: Session, settings: Ticket, nth: int, draws: int, before: dict[str, Any] | None, model: nn.Module | None = None
 ) -> tuple[int, TicketPlan]:
     """The nth draw, or the next one whose share can be had: which it is, and its plan."""
+    seen = _seen(session, settings, model or session.state.model)
     while True:
         try:
-            return nth, _plan(session, settings, nth, draws, before, model)
+            return nth, _plan(session, settings, nth, draws, before, model, seen)
         except Unsatisfiable:
             if nth == draws:
                 raise
@@ -200,22 +201,36 @@ def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module
     return source
 
 
-def _plan(
-    session: Session, settings: Ticket, nth: int, draws: int, before: dict[str, Any] | None = None, model: nn.Module | None = None
-) -> TicketPlan:
-    """The nth of `draws` draws, from `model`, the session's own unless it is given; before: the record of the draws until then."""
-    model = model or session.state.model
-    gradients = measured = None
+def _seen(session: Session, settings: Ticket, model: nn.Module) -> dict[str, Any]:
+    """What the criterion wants to know of training images, as `plan_ticket` takes it. GPUs may differ in the last bits, and channels
+    go by their rank, so that every process takes that of the first."""
     if settings.criterion == "taylor":
         size = session.recipe.train.batch_size
         batches = session.data.eval_batches("train", batch_size=size, limit=GRADIENT_BATCHES * size)
         gradients = mean_gradients(model, batches, session.place)
-        dist.tensors_of_rank_0(gradients.values())  # GPUs may differ in the last bits, and channels go by their rank
-    elif settings.criterion == "obs":
-        batches = session.data.eval_batches("train", batch_size=REPAIR_BATCH, limit=REPAIR_IMAGES)
+        dist.tensors_of_rank_0(gradients.values())
+        return {"gradients": gradients}
+    if settings.criterion == "obs":
+        graph = analyse(model, session.example())  # as the plan does it: not in half precision, where some networks cannot be traced
         with session.place.autocast():
-            measured = covariances(model, analyse(model, session.example()), (session.place.images(x) for x, _ in batches))
+            images = session.data.eval_batches("train", batch_size=REPAIR_BATCH, limit=REPAIR_IMAGES)
+            measured = covariances(model, graph, (session.place.images(x) for x, _ in images))
         dist.tensors_of_rank_0(c for group in measured.values() for c in group)
+        return {"covariances": measured}
+    return {}
+
+
+def _plan(
+    session: Session,
+    settings: Ticket,
+    nth: int,
+    draws: int,
+    before: dict[str, Any] | None = None,
+    model: nn.Module | None = None,
+    seen: dict[str, Any] | None = None,
+) -> TicketPlan:
+    """The nth of `draws` draws, from `model`, the session's own unless it is given; before: the record of the draws until then."""
+    model = model or session.state.model
     return plan_ticket(
         model,
         session.example(),
@@ -227,8 +242,7 @@ def _plan(
         keep=settings.keep,
         rho=settings.rho,
         seed=session.recipe.seed,
-        gradients=gradients,
-        covariances=measured,
+        **(seen or {}),
         began={name: width for name, (width, _) in before["widths"].items()} if before else None,
     )
 

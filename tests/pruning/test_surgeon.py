@@ -116,11 +116,41 @@ def test_covariances_are_those_of_what_the_readers_are_given() -> None:
     assert torch.allclose(found["3"][0], torch.cov(last.T, correction=0))
 
 
-def test_behind_a_flatten_the_inputs_of_a_channel_count_as_positions() -> None:
+def test_behind_a_flatten_the_inputs_of_a_channel_are_pooled_each_about_its_own_mean() -> None:
+    """A reader's bias takes the mean of every input, so that what varies over positions only costs nothing."""
     model, x = randomised(flattened()), images(6)
     with torch.no_grad():
-        seen = model[:3](x).movedim(1, -1).flatten(0, -2)  # (N x 16 positions, 12)
-    assert torch.allclose(covariances(model, analyse(model, x[:1]), [x])["0"][0], torch.cov(seen.T, correction=0))
+        seen = model[:3](x).flatten(2)  # (N, 12, 16)
+    expected = torch.stack([torch.cov(seen[:, :, p].T, correction=0) for p in range(16)]).mean(0)
+    assert torch.allclose(covariances(model, analyse(model, x[:1]), x.split(4))["0"][0], expected)
+
+
+def test_a_layer_that_is_called_by_keyword_is_seen() -> None:
+    class ByKeyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.then, self.fc = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 10, 3), nn.Linear(10, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.then(input=self.first(x).relu()).relu().mean((2, 3)))
+
+    model, x = randomised(ByKeyword()), images(4)
+    with torch.no_grad():
+        seen = model.first(x).relu().movedim(1, -1).flatten(0, -2)
+    assert torch.allclose(covariances(model, analyse(model, x[:1]), [x])["first"][0], torch.cov(seen.T, correction=0))
+
+
+def test_a_layer_whose_variance_lies_in_a_few_channels_is_ranked() -> None:
+    """Products of float32 rows are off by more than the ridge there, and the covariance is not positive definite."""
+    g = torch.Generator().manual_seed(0)
+    k, gram = reader(40, 0)
+    off = torch.randn(40, 40, generator=g, dtype=torch.float64)
+    k = k * 1e-6
+    k[0, 0] = 1.0
+    k -= 1e-2 * torch.eye(40, dtype=torch.float64) + 1e-9 * (off + off.T)
+    assert float(torch.linalg.eigvalsh(k)[0]) < -RIDGE * float(k.diagonal().mean())
+    errors = removal_errors([(k, gram)])
+    assert torch.isfinite(errors).all() and errors.argmax() == 0
 
 
 def test_the_error_is_what_the_reader_loses_after_the_repair() -> None:
@@ -147,3 +177,5 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     found = covariances(model, graph, [x * float("nan")])
     with pytest.raises(VerificationFailed, match="readers' inputs are not finite"):
         describe(model, graph, covariances=found)
+    with pytest.raises(VerificationFailed, match="cannot be ranked"):
+        removal_errors([(found["0"][0], torch.eye(12, dtype=torch.float64))])
