@@ -83,7 +83,8 @@ def test_a_network_of_small_relus_tied_layers_and_channels_that_lie_last(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", ["densenet121", "mobilenet_v2", "torchvision/mobilenet_v2", "vgg16", "preresnet-20", "alexnet", "resnet50", "torchvision/swin_t"]
+    "model",
+    ["densenet121", "mobilenet_v2", "torchvision/mobilenet_v2", "vgg16", "preresnet-20", "alexnet", "resnet50", "torchvision/swin_t"],
 )
 def test_other_networks(tmp_path, model):
     _goes_through(model, tmp_path)
