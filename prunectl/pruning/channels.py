@@ -89,8 +89,8 @@ def _describe(
     if len(own) < len(producers):
         bias = bias + shared[1]
     columns = [_by_root(group, m, _columns(layer.weight)) for m, layer in readers(model, group)]
-    gammas = [_by_root(group, m, _plain(norm.weight)).abs() for m, norm in norms if norm.affine]
     spreads = [_by_root(group, m, _plain(norm.weight)).abs() if norm.affine else torch.ones(group.channels) for m, norm in norms]
+    gammas = [spread for spread, (_, norm) in zip(spreads, norms, strict=True) if norm.affine]
     folded = torch.cat(filters, 1)
     return Channels(
         name=group.name,
