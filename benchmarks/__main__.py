@@ -5,5 +5,5 @@ from __future__ import annotations
 
 from importlib import import_module
 
-for name in ("startup", "train_loop", "probe", "surgery", "sfw_step"):
+for name in ("startup", "train_loop", "cpu_training", "probe", "surgery", "sfw_step"):
     import_module(f"benchmarks.{name}").main()

@@ -99,7 +99,8 @@ def run(cell: Cell, runs: str, results: Path) -> None:
         }
     kept["versions"] = {k: result["versions"][k] for k in ("prunectl", "torch")}
     record = {"cell": cell.name, "arm": cell.arm, "net": cell.net, "seed": cell.seed, "judged": cell.judged}
-    record |= {"command": " ".join(cell.command("runs")), "result": kept}
+    hardware = json.loads((Path(result["run"]) / "run.json").read_text(encoding="utf-8"))["hardware"]
+    record |= {"command": " ".join(cell.command("runs")), "hardware": hardware, "result": kept}
     results.mkdir(exist_ok=True)
     (results / f"{cell.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.train_loop: images a second of prunectl's loop against a bare bf16 channels_last loop.
+"""python -m benchmarks.train_loop: images a second of prunectl's loop against a bare loop in the same format and layout.
 
 ResNet-18 with the 3x3 stem, batch 128, 3x32x32. The bare loop has its batches ready; prunectl's augments, counts,
 checks for divergence and yields. Both train the same number of steps in turn."""
@@ -14,14 +14,14 @@ from benchmarks.common import header, paired, random_images
 from prunectl import models
 from prunectl.training.loop import TrainState, steps
 from prunectl.training.optimizers import sgd
-from prunectl.training.precision import Placement
+from prunectl.training.precision import place as placement
 
 BATCH, STEPS, PAIRS = 128, 2, 5
 
 
 def main() -> None:
-    header("training loop: prunectl / bare loop")
-    place = Placement(torch.device("cpu"), torch.bfloat16, channels_last=True)
+    place = placement("cpu", "auto")
+    header(f"training loop in {place.name}: prunectl / bare loop")
     data = random_images(50_000, 3, 32)
     arguments = {"num_classes": 10, "in_channels": 3, "image_size": 32}
     ours = place.put(models.build("resnet18", **arguments))
@@ -35,7 +35,7 @@ def main() -> None:
     def bare() -> None:
         for x, y in ready:
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cpu", torch.bfloat16):
+            with place.autocast():
                 logits = model(x)
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()

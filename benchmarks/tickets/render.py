@@ -18,7 +18,7 @@ WALL = Path(__file__).with_name("wall.json")
 NOTES = {"wider": ["The tickets were drawn by the spline score as it was before commit 05460e5.", ""]}
 HEAD = (
     "| arm | seeds | accuracy | to dense | to the default | right after the draw | drawn after epochs | MACs | parameters "
-    "| training FLOPs | wall time |"
+    "| training FLOPs | wall time | trained in |"
 )
 
 
@@ -26,7 +26,8 @@ def cells() -> dict[tuple[str, str], dict[str, Seeds]]:
     """(net, judged on) -> arm -> seed -> result."""
     found: dict[tuple[str, str], dict[str, Seeds]] = defaultdict(lambda: defaultdict(dict))
     for record in read(RESULTS):
-        found[record["net"], record.get("judged", "test")][record["arm"]][record["seed"]] = record["result"]
+        precision = record.get("hardware", {}).get("precision", "auto")
+        found[record["net"], record.get("judged", "test")][record["arm"]][record["seed"]] = record["result"] | {"precision": precision}
     return found
 
 
@@ -75,6 +76,7 @@ def row(net: str, arm: str, arms: dict[str, Seeds]) -> str:
         f"{params / 1e3:.1f} k",
         f"{statistics.mean(r['training_flops']['ratio'] for r in results):.3f}" if ticket else "1.000",
         wall(net, arm, results) if ticket else "1.00",
+        "/".join(sorted({r["precision"] for r in results})),
     ]
     return "| " + " | ".join(shown) + " |"
 
@@ -108,15 +110,16 @@ def text() -> str:
         "behind an arm's name: per cent of the channels removed), are paired by seed. Test: the full 10,000-image test set, read once",
         "at the end. Validation: the 6,000 images that arms and settings are chosen on; with one seed, differences below about half",
         "a point are noise. Training FLOPs are spent / dense, search and probes included. Wall time, of dense, is reckoned from step times",
-        "measured apart (`python -m benchmarks.tickets.wall`) and the epoch of the draw; these cells ran beside other work. What each",
-        "arm is: benchmarks/tickets/cells.py.",
+        "measured apart (`python -m benchmarks.tickets.wall`) and the epoch of the draw; these cells ran beside other work. Trained in:",
+        "the number format; `auto`, where a cell did not record it, is bf16 on processors that have it, as those of these cells had as",
+        "far as is known, and fp32 elsewhere. What each arm is: benchmarks/tickets/cells.py.",
         "",
         "![distances of the detectors by epoch](tickets.png)",
     ]
     for (net, judged), arms in sorted(cells().items()):
         name, width = NETS[net]
         lines += ["", f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}", "", *NOTES.get(net, [])]
-        lines += [HEAD, "|---" * 11 + "|"]
+        lines += [HEAD, "|---" * HEAD.count(" |") + "|"]
         lines += [row(net, arm, arms) for arm in sorted(arms, key=lambda a: (a != "dense", share_of(a), -mean_of(arms[a])))]
     lines += [
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,8 @@ class Placement:
 def place(device: str, precision: str) -> Placement:
     """The placement for `device` (auto, cpu, cuda, cuda:1) and `precision` (auto, fp32, bf16, fp16).
 
-    auto precision is bf16 where it is fast: CPUs with AMX or AVX512-BF16, and CUDA devices that support it."""
+    auto precision is bf16 where it is fast: CPUs with AMX or AVX512-BF16, and CUDA devices that support it. On the CPU the process
+    keeps the memory that it frees from here on."""
     target = dist.local_device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _device(device)
     if target.type == "cuda" and not torch.cuda.is_available():
         raise DeviceUnavailable("--device cuda: this machine has no CUDA device that torch can use; take --device cpu")
@@ -51,7 +53,9 @@ def place(device: str, precision: str) -> Placement:
     if name == "fp16" and target.type == "cpu":
         raise UsageError("--precision fp16 trains on CUDA only; on this device take bf16 or fp32")
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    return Placement(target, dtype, channels_last=dtype is not None)
+    if target.type == "cpu":
+        _keep_freed_memory()
+    return Placement(target, dtype, channels_last=dtype is not None or target.type == "cpu")
 
 
 def _device(text: str) -> torch.device:
@@ -62,6 +66,14 @@ def _device(text: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index is not None):
         raise UsageError(f"--device {text}: expected auto, cpu, cuda or cuda:N")
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Activations are as large in every step: given back to the system each time, their pages would be faulted in and zeroed again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; other C libraries have none, or one that ignores this
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: never shrink the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: no allocation outside it
 
 
 def _cpu_has_fast_bf16() -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -68,7 +70,7 @@ def test_two_epochs_are_what_a_plain_loop_does(smoothing, l1):
             optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / 16)
             optimizer.zero_grad()
             penalty = l1 * plain[1].weight.abs().sum()
-            (F.cross_entropy(plain(x), y, label_smoothing=smoothing) + penalty).backward()
+            (F.cross_entropy(plain(CPU.images(x)), y, label_smoothing=smoothing) + penalty).backward()
             optimizer.step()
             step += 1
     # the penalty's gradient is added after backward here and summed inside it there: one rounding apart
@@ -215,10 +217,26 @@ def test_multistep_divides_at_the_milestones():
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", None), ("bf16", torch.bfloat16)])
 def test_placement(precision, dtype):
     p = place("cpu", precision)
-    assert (p.autocast_dtype, p.channels_last, p.name) == (dtype, dtype is not None, precision)
+    assert (p.autocast_dtype, p.channels_last, p.name) == (dtype, True, precision)
     with p.autocast():
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == (dtype or torch.float32)
     assert place("auto", "auto").name in ("fp32", "bf16")
+
+
+def test_the_cpu_keeps_the_memory_that_a_step_frees():
+    script = """
+import resource, torch
+from prunectl.training.precision import place
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MB, 16384 pages: more than the C library keeps by itself
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+place("cpu", "fp32")
+faults()
+print(faults())
+"""
+    assert int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout) < 16384 / 4
 
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", "mps", "meta", ""])
