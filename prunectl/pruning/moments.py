@@ -15,18 +15,21 @@ from prunectl.pruning.surgery import Dense, Graph, Group, Member
 class Moments:
     """Sums of rows and of their products, both less the first batch's mean.
 
-    channels: the dimension that the columns lie in. Without that shift a variance far below the squared mean would drown in the
+    dim: the dimension that the channels lie in. Without that shift a variance far below the squared mean would drown in the
     rounding of the products. While there are fewer rows than channels, as behind a flatten, the rows themselves are kept:
     they are the smaller."""
 
-    def __init__(self, channels: int) -> None:
-        self.channels, self.count = channels, 0
+    def __init__(self, dim: int) -> None:
+        self.dim, self.count = dim, 0
         self.shift = self.sum = torch.empty(0)
         self.rows: list[Tensor] = []
         self.products: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
-        rows = x.movedim(self.channels, -1).flatten(0, -2)
+        self.add_rows(x.movedim(self.dim, -1).flatten(0, -2))
+
+    def add_rows(self, rows: Tensor) -> None:
+        """rows: (N, C), or (N, M, C) where a channel has M columns, each about its own mean."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         if not self.count:
             self.shift = rows.mean(0)
@@ -35,17 +38,19 @@ class Moments:
         self.count += len(rows)
         self.sum += rows.sum(0)
         self.rows.append(rows)
-        if self.products is not None or self.count > len(self.shift):
+        channels = rows.shape[-1]
+        columns = self.sum.numel() // channels
+        if self.products is not None or self.count * columns > channels:
             if self.products is None:
-                self.products = torch.zeros(len(self.shift), len(self.shift), dtype=torch.float64, device=x.device)
-            with torch.autocast(x.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
-                for r in self.rows:
+                self.products = torch.zeros(channels, channels, dtype=torch.float64, device=rows.device)
+            with torch.autocast(rows.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
+                for r in (r.flatten(0, -2) for r in self.rows):
                     self.products += r.T @ r
             self.rows = []
 
     @property
     def mean(self) -> Tensor:
-        return self.shift + self.sum / self.count
+        return self.shift + self.centre
 
     @property
     def centre(self) -> Tensor:
@@ -54,11 +59,12 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(C, C) float64."""
+        """(C, C) float64, the mean over a channel's columns."""
         if self.products is None:
-            rows = torch.cat(self.rows).double() - self.centre
-            return rows.T @ rows / self.count
-        return self.products / self.count - self.centre[:, None] * self.centre[None, :]
+            rows = (torch.cat(self.rows).double() - self.centre).flatten(0, -2)
+            return rows.T @ rows / len(rows)
+        centre = self.centre.view(-1, len(self.products))
+        return (self.products / self.count - centre.T @ centre) / len(centre)
 
 
 def readers(model: nn.Module, group: Group) -> list[tuple[Member, nn.Conv2d | nn.Linear]]:
@@ -86,36 +92,21 @@ def covariances(model: nn.Module, graph: Graph, batches: Iterable[Tensor]) -> di
     return {name: [p.covariance for p in found.pop(name)] for name in list(found)}  # sums of products are let go as they are used
 
 
-class _Pooled:
-    """Covariance of a group's channels in what one layer is given, over images and positions."""
+class _Pooled(Moments):
+    """Of a group's channels in what one layer is given, over images and positions."""
 
     def __init__(self, member: Member, dim: int, channels: int) -> None:
-        self.layer, self.dim, self.channels = member.layer, dim, channels
+        super().__init__(dim)
+        self.layer, self.channels = member.layer, channels
         self.order = torch.tensor([i for _, i in sorted(zip(member.root, member.index, strict=True))])
-        self.count = 0
-        self.shift = self.sum = torch.empty(0)  # (inputs of a channel, C)
-        self.products = torch.eye(channels, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
         rows = x.index_select(self.dim, self.order.to(x.device)).movedim(self.dim, -1).flatten(0, -2)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).unflatten(-1, (self.channels, -1)).transpose(1, 2)
-        if not self.count:
-            self.shift = rows.mean(0)
-            self.sum = torch.zeros_like(self.shift, dtype=torch.float64)
-            self.products = torch.zeros(self.channels, self.channels, dtype=torch.float64, device=x.device)
-        rows = rows - self.shift
-        self.count += len(rows)
-        self.sum += rows.sum(0)
-        flat = rows.flatten(0, 1)
-        with torch.autocast(x.device.type, enabled=False):  # products rounded to bfloat16 leave no covariance to solve with
-            self.products += flat.T @ flat
+        self.add_rows(rows.unflatten(-1, (self.channels, -1)).transpose(1, 2))
 
     @property
     def covariance(self) -> Tensor:
-        if not self.count:
-            return self.products
-        centre = self.sum / self.count
-        return (self.products / self.count - centre.T @ centre) / len(centre)
+        return super().covariance if self.count else torch.eye(self.channels, dtype=torch.float64)
 
 
 def watch(model: nn.Module, see: Mapping[str, Callable[[Tensor], None]], batches: Iterable[Tensor]) -> int:
