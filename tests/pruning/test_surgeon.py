@@ -13,7 +13,7 @@ from prunectl.errors import VerificationFailed
 from prunectl.pruning import surgeon
 from prunectl.pruning.channels import describe
 from prunectl.pruning.criteria import criteria
-from prunectl.pruning.moments import covariances
+from prunectl.pruning.moments import Moments, covariances
 from prunectl.pruning.reconstruct import reconstruct_
 from prunectl.pruning.surgeon import RIDGE, removal_errors
 from prunectl.pruning.surgery import analyse
@@ -123,6 +123,16 @@ def test_behind_a_flatten_the_inputs_of_a_channel_are_pooled_each_about_its_own_
         seen = model[:3](x).flatten(2)  # (N, 12, 16)
     expected = torch.stack([torch.cov(seen[:, :, p].T, correction=0) for p in range(16)]).mean(0)
     assert torch.allclose(covariances(model, analyse(model, x[:1]), x.split(4))["0"][0], expected)
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["fewer than channels", "more"])
+def test_columns_of_a_channel_are_pooled_whether_rows_or_products_are_kept(rows: int) -> None:
+    x = torch.randn(rows, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.arange(3)[:, None]
+    moments = Moments(-1)
+    for part in x.split(3):
+        moments.add_rows(part)
+    assert (moments.products is None) == (rows == 4)
+    assert torch.allclose(moments.covariance, torch.stack([torch.cov(column.T, correction=0) for column in x.unbind(1)]).mean(0))
 
 
 def test_a_layer_that_is_called_by_keyword_is_seen() -> None:
