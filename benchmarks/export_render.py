@@ -26,7 +26,7 @@ def zoo(result: dict[str, Any]) -> Iterator[str]:
         rows.setdefault((r["network"], r["kind"]), {})[r["profile"]] = r
     passed = sum(r["refused"] is None for r in result["rows"])
     yield from (
-        "## Every network, every profile",
+        "## The project's networks and six of torchvision's, for four of the five profiles (`gpu` was not run)",
         "",
         "Each cell is one file: written for the profile, linted, its MACs counted from the graph and equal to the network's, its answers",
         "compared with torch's on noise. The number is the largest difference of a logit over the largest logit (2e-5 is refused). `rtx`",

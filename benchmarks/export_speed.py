@@ -131,9 +131,9 @@ def table(result: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"A {PRODUCT} x {PRODUCT} matrix product, what a CPU does best, runs at {best:.0f} G MACs/s in the same runtime and rounds,",
-        f"the dense network at {dense:.0f}. {GOAL:g} times what the MACs say would be {GOAL * dense:.0f} G MACs/s: the goal can only be",
-        "met on a CPU that the dense network leaves partly idle, for want of cache or of bandwidth.",
+        f"A {PRODUCT} x {PRODUCT} matrix product runs at {best:.0f} G MACs/s in the same runtime and rounds,",
+        f"the dense network at {dense:.0f}. {GOAL:g} times what the MACs say would be {GOAL * dense:.0f} G MACs/s: the goal asks for",
+        "a CPU that the dense network leaves partly idle, for want of cache or of bandwidth.",
     ]
 
 

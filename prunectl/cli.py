@@ -326,7 +326,7 @@ def export(
     verbose: VerboseOpt = 0,
     no_progress: NoProgressOpt = False,
 ) -> None:
-    """Write ONNX and TensorRT files, proven equal.
+    """Write ONNX files, proven equal to the network, and TensorRT engines from them.
 
     \b
     Example: prunectl export runs/latest --profile tx2 --trt

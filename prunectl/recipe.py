@@ -269,7 +269,7 @@ class Recipe(_Section):
         return f"{self.verb}-{_slug(self.model.name)}-{_slug(self.data.name)}-{self.digest}"
 
 
-# What a step of each kind wants. Frank-Wolfe: Miao et al., ICLR 2022, whose averaged momentum makes a rate of 1 what 0.1 is to SGD.
+# What a step of each kind wants. Frank-Wolfe: Lu et al., ICLR 2022, whose averaged momentum makes a rate of 1 what 0.1 is to SGD.
 _FRANK_WOLFE = {"lr": 1.0, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "schedule": "multistep", "milestones": [1 / 3, 2 / 3]}
 _SGD = {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "cosine", "milestones": [0.5, 0.75]}
 

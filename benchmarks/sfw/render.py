@@ -43,7 +43,7 @@ def text() -> str:
         "# Trained once, pruned to any ratio, on Fashion-MNIST",
         "",
         "Rendered by `python -m benchmarks.sfw.render` from the committed cells in benchmarks/sfw/results; each cell holds the command",
-        "that made it. Do not edit.",
+        "that made it, with a flag added where a default of then has changed since. Do not edit.",
         "",
         f"{TRAIN_IMAGES:,} stratified training images (6,000 more carved for validation before that), {EPOCHS} epochs, cosine schedule,",
         "batch 128, then one-shot global magnitude pruning with no retraining. Accuracy in percent, mean ± sd over seeds. Validation:",

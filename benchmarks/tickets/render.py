@@ -103,12 +103,13 @@ def text() -> str:
         "# Tickets on Fashion-MNIST",
         "",
         "Rendered by `python -m benchmarks.tickets.render` from the committed cells in benchmarks/tickets/results; each cell holds",
-        "the command that made it. Do not edit.",
+        "the command that made it, with a flag added where a default of then has changed since. Do not edit.",
         "",
         f"{TRAIN_IMAGES:,} stratified training images (6,000 more carved for validation before that), {EPOCHS} epochs, cosine schedule,",
         "batch 128. Accuracy in percent, mean ± sd over seeds; differences, to dense and to the default at the same sparsity (the number",
         "behind an arm's name: per cent of the channels removed), are paired by seed. Test: the full 10,000-image test set, read once",
-        "at the end. Validation: the 6,000 images that arms and settings are chosen on; with one seed, differences below about half",
+        "at the end of a run; the default of these pages is the second one that was read on it",
+        "(docs/LOG.md). Validation: the 6,000 images that arms and settings are chosen on; with one seed, differences below about half",
         "a point are noise. Training FLOPs are spent / dense, search and probes included. Wall time, of dense, is reckoned from step times",
         "measured apart (`python -m benchmarks.tickets.wall`) and the epoch of the draw; these cells ran beside other work. Trained in:",
         "the number format; `auto`, where a cell did not record it, is bf16 on processors that have it, as those of these cells had as",
@@ -123,10 +124,10 @@ def text() -> str:
         lines += [row(net, arm, arms) for arm in sorted(arms, key=lambda a: (a != "dense", share_of(a), -mean_of(arms[a])))]
     lines += [
         "",
-        "## Rivals over all networks and sparsities, test",
+        "## Rivals over the networks and sparsities where both have run, test",
         "",
         "Difference to the default, mean ± standard error of the mean over pairs",
-        "of one network, sparsity and seed.",
+        "of one network, sparsity and seed, as if these were independent; those of one setting share the default's run.",
     ]
     lines += ["", "| arm | pairs | to the default | ahead in |", "|---" * 4 + "|", *together()]
     return "\n".join(lines) + "\n"

@@ -81,7 +81,7 @@ def _require_count(kind: str, name: str, count: int) -> None:
 @constraints.register
 @dataclass(frozen=True)
 class KSparse:
-    """K-sparse polytope: at most K large entries, each at most the radius (Miao et al.).
+    """K-sparse polytope: at most K large entries, each at most the radius (Lu et al.).
 
     conv{v in {0, +-radius}^n with k non-zeros} = {|x|_1 <= k radius, |x|_inf <= radius}; k above n counts as n."""
 
@@ -322,7 +322,7 @@ def sets_for(
 ) -> ConstraintPlan:
     """A set of one kind for every parameter, of L2 diameter D = 2 tau |w|, w as it is now (|w| = 0 counts as 1).
 
-    Miao et al., ICLR 2022, Sec. 4 and App.; K = min(max(10, floor(k_fraction n)), n) entries, or max(1, round(k_fraction C))
+    Lu et al., ICLR 2022, Sec. 4 and App.; K = min(max(10, floor(k_fraction n)), n) entries, or max(1, round(k_fraction C))
     filters. Differs: their norms are averages over re-initialisations, keyed by shape; these are each tensor's own.
     For group-k-support tensors of fewer than three dimensions, for nm those without groups of m input channels, go on L2 balls
     of the same diameter. Raises UsageError for tau, k_fraction, n, m or p out of range, Unsatisfiable if nothing fits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EXPONENTS = tuple(range(1, -11, -1))  # 10^1 down to 10^-10, as Miao et al. log them
+EXPONENTS = tuple(range(1, -11, -1))  # 10^1 down to 10^-10, as Lu et al. log them
 
 
 def counts_above(w: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 A plan of masks is made first (pure; name -> bool tensor, True = keep), then applied in place. Ties keep the lower index, and
 the earlier tensor. Batch-norm parameters are neither ranked nor touched unless `scope="all"` asks for the published ranking of
-Miao et al., ICLR 2022, over every parameter. For filters, drop lists in the form surgery takes: name of the layer -> sorted indices."""
+Lu et al., ICLR 2022, over every parameter. For filters, drop lists in the form surgery takes: name of the layer -> sorted indices."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Stochastic Frank-Wolfe: training inside convex sets, so that what pruning removes has already become small.
 
-Algorithm 1 of Miao et al., ICLR 2022 (after Pokutta, Spiegel, Zimmer, arXiv 2010.07243), per tensor w with gradient g:
+Algorithm 1 of Lu et al., ICLR 2022 (after Pokutta, Spiegel, Zimmer, arXiv 2010.07243), per tensor w with gradient g:
 
     m = g at the first step, then m = rho m + (1 - rho) g
     v = LMO(m)                                    a vertex of the set, the one farthest downhill

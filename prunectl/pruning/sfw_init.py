@@ -1,6 +1,6 @@
 """SFW-Init: one learned scale per tensor, so that the first Frank-Wolfe steps from the scaled weights go down fast.
 
-Algorithm 3 of Miao et al., ICLR 2022: the scales minimise the loss after one simulated Frank-Wolfe step. The model's own
+Algorithm 3 of Lu et al., ICLR 2022: the scales minimise the loss after one simulated Frank-Wolfe step. The model's own
 parameters and buffers are read, never written, until the learned scales are known (`torch.func.functional_call`), so the same
 code runs on any device and batch-norm statistics stay as they were. Invariant: it ends inside the constraint sets."""
 

@@ -1,6 +1,6 @@
 """The factor that follows the training loss, a pure function of the epochs so far: nothing to save or resume.
 
-The published schedule of Miao et al., ICLR 2022, drops the rate at a third and two thirds of the run and, every five epochs from
+The published schedule of Lu et al., ICLR 2022, drops the rate at a third and two thirds of the run and, every five epochs from
 epoch 25 on, takes it x0.7 if the mean training loss rose, x1.06 if it fell; this is the second part. Differs: the losses are true
 epoch means and the window ends with the newest one (the published code looks at last batches and misses an epoch), and the rule
 is off below 60 epochs."""

@@ -1,4 +1,4 @@
-"""`prunectl sfw-prune`: Algorithm 2 of Miao et al., ICLR 2022.
+"""`prunectl sfw-prune`: Algorithm 2 of Lu et al., ICLR 2022.
 
 Make a set for every tensor, start inside them, train once with Frank-Wolfe steps; then prune that one network to every
 ratio asked for, with no retraining. With no constraint the same harness trains by SGD: the rival to compare with."""
@@ -43,7 +43,7 @@ from prunectl.workflows.session import (
 from prunectl.workflows.sweep import channel_tickets, pattern, require_removable, require_share, sweep
 
 FADE_EVERY = 5  # steps: a ranking of all weights costs a few per cent of a step
-SFW_INIT_STEPS = 390  # Miao et al.: one epoch of CIFAR-10 in batches of 128
+SFW_INIT_STEPS = 390  # Lu et al.: one epoch of CIFAR-10 in batches of 128
 
 
 def sfw_prune(recipe: Recipe, options: Options | None = None, ui: Console | None = None) -> dict[str, Any]:

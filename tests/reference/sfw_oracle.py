@@ -68,7 +68,7 @@ def onto_sphere(x: Array, radius: float) -> Array:
 def step(
     w: Array, m: Array | None, g: Array, vertex: Vertex, *, lr: float, momentum: float, rescale: str, diameter: float
 ) -> tuple[Array, Array]:
-    """(w, m) after one step of Algorithm 1 of Miao et al., ICLR 2022; m is None before the first."""
+    """(w, m) after one step of Algorithm 1 of Lu et al., ICLR 2022; m is None before the first."""
     m = g.copy() if m is None else momentum * m + (1 - momentum) * g
     v = vertex(m)
     distance = np.linalg.norm(w - v)
