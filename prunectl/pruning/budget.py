@@ -2,10 +2,13 @@
 
 A layer's MACs and weights are proportional to its outputs times its inputs, so the cost of any plan is exact arithmetic
 on the dense network's per-layer counts. `meet` searches the sparsity for a share of the dense cost, then moves single
-channel blocks until the share is within the tolerance, or refuses with what can be had."""
+channel blocks until the share is within the tolerance, looks further where that is not enough, or refuses with what can be had."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +20,8 @@ from prunectl.pruning.surgery import Dense, Dropped, Graph, PerChannel
 
 Plan = dict[str, list[int]]
 TOLERANCE = 0.02
+ENUMERATED = 20_000  # plans that are all looked at, about a second, before a budget is refused
+STARTS = 12
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,13 @@ class Budget:
         """Absolute tolerance: 2 % of the value asked for, or the nearest whole channel."""
         return max(self.tolerance * self.value, self.grain / 2)
 
-    def refusal(self, nearest: float, smallest: float, round_to: int) -> str:
-        finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= smallest else ""
+    def refusal(self, nearest: float, smallest: float, finest: float, round_to: int) -> str:
+        """nearest: the share that comes nearest; smallest, finest: the least that can be kept, at this multiple and at any width."""
+        finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= finest else ""
         if self.metric == "channels":
             return (
                 f"--sparsity {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {1 - nearest:.3f},"
-                f" and at most {1 - smallest:.3f} of this network's channels can go{finer}"
+                f" and of the channels that may go at most {1 - smallest:.3f}{finer}"
             )
         return (
             f"--target-{self.metric} {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {nearest:.3f},"
@@ -138,11 +144,42 @@ def meet(
                 high = middle
         plan = min((_sizes(allocate(s, round_to)) for s in (high, low)), key=lambda p: abs(share(p) - target))
         plan = _refine(plan, order, share, budget, round_to, floors)
+        if abs(share(plan) - target) > budget.slack:
+            plan = _sought(plan, order, share, budget, round_to, floors)
         if abs(share(plan) - target) <= budget.slack and any(plan.values()):
             return {g: sorted(order[g][:n]) for g, n in plan.items()}, round_to
         nearest = min(nearest, share(plan), key=lambda s: abs(s - target))
-    smallest = share(_sizes(allocate(1.0, rounds[-1])))
-    raise Unsatisfiable(budget.refusal(nearest, smallest, rounds[-1]))
+    smallest, finest = (share(_sizes(allocate(1.0, multiple))) for multiple in (rounds[-1], 1))
+    raise Unsatisfiable(budget.refusal(nearest, smallest, finest, rounds[-1]))
+
+
+def _sought(
+    plan: dict[str, int],
+    order: Mapping[str, list[int]],
+    share: Callable[[Mapping[str, int]], float],
+    budget: Budget,
+    step: int,
+    floors: Mapping[str, int],
+) -> dict[str, int]:
+    """Where moves from `plan` do not meet the budget: of all widths the nearest plan that does, or, where these are too many,
+    what moves from plans around it come to. Else the plan whose share is nearest."""
+    widths = {g: _numbers(len(order[g]), step, floors[g]) for g in plan}
+
+    def error(p: Mapping[str, int]) -> float:
+        return abs(share(p) - budget.keeps)
+
+    if share({g: numbers[-1] for g, numbers in widths.items()}) > budget.keeps + budget.slack:
+        return plan
+    if math.prod(map(len, widths.values())) <= ENUMERATED:
+        every = (dict(zip(widths, numbers, strict=True)) for numbers in itertools.product(*widths.values()))
+        return min(every, key=lambda p: (max(error(p), budget.slack), sum(abs(p[g] - plan[g]) for g in p)))
+    draw, best = random.Random(0), plan
+    for _ in range(STARTS):
+        near = {g: w[min(max(w.index(plan[g]) + draw.randint(-2, 2), 0), len(w) - 1)] for g, w in widths.items()}
+        best = min(best, _refine(near, order, share, budget, step, floors), key=error)
+        if error(best) <= budget.slack:
+            break
+    return best
 
 
 def _refine(
@@ -179,8 +216,13 @@ def _nearer(after: float, before: float, target: float) -> bool:
 
 def _neighbours(gone: int, channels: int, step: int, floor: int) -> list[int]:
     """The numbers of dropped channels next to `gone` that leave a multiple of `step`, or all channels."""
-    numbers = [0, *(channels - width for width in range((channels - 1) // step * step, floor - 1, -step))]
+    numbers = _numbers(channels, step, floor)
     return [*[n for n in numbers if n > gone][:1], *[n for n in numbers if n < gone][-1:]]
+
+
+def _numbers(channels: int, step: int, floor: int) -> list[int]:
+    """Ascending numbers of channels that may go: none, or what leaves a multiple of `step` of them."""
+    return [0, *(channels - width for width in range((channels - 1) // step * step, floor - 1, -step))]
 
 
 def _sizes(plan: Dropped) -> dict[str, int]:

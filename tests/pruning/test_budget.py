@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,10 +10,13 @@ import pytest
 import torch
 from pruning_nets import PRUNABLE, images, randomised
 
+from prunectl import models
 from prunectl.errors import Unsatisfiable
 from prunectl.pruning import cost
+from prunectl.pruning.allocate import floor_of, prunable
 from prunectl.pruning.budget import Budget, CostModel, _neighbours, meet
 from prunectl.pruning.surgery import analyse, compact
+from prunectl.pruning.ticket import SCOPES
 
 
 @pytest.mark.parametrize("net", PRUNABLE)
@@ -51,3 +55,38 @@ def test_neighbouring_widths_are_multiples_or_all_channels() -> None:
     assert _neighbours(4, 20, 8, 8) == [12, 0]
     assert _neighbours(12, 20, 8, 8) == [4]
     assert _neighbours(0, 8, 8, 8) == []
+
+
+@pytest.mark.parametrize("metric", ["macs", "params"])
+@pytest.mark.parametrize("step", [8, 16])
+@pytest.mark.parametrize("scope", ["layerwise", "global"])
+def test_what_some_widths_would_meet_is_not_refused(scope: str, step: int, metric: str) -> None:
+    """Against all widths that there are, whatever the scores."""
+    model, x = models.build("resnet8", num_classes=10, in_channels=1, image_size=28), torch.zeros(1, 1, 28, 28)
+    graph = analyse(model, x)
+    costs, free = CostModel.of(model, graph, (1, 28, 28)), prunable(graph)
+    whole, rng = getattr(costs.predict({}), metric), np.random.default_rng(0)
+    widths = [[0, *(n - w for w in range(step, n, step) if w >= floor_of(n))] for n in free.values()]
+    every = np.array([getattr(costs.predict(dict(zip(free, gone, strict=True))), metric) / whole for gone in itertools.product(*widths)])
+    outcomes = set()
+    for target in rng.uniform(0.9 * every.min(), 1, 20):
+        scores = {name: torch.from_numpy(rng.random(n) * rng.uniform(0.5, 2)) for name, n in free.items()}
+        order = {name: s.argsort().tolist() for name, s in scores.items()}
+        floors = {name: floor_of(n) for name, n in free.items()}
+        reachable = bool((np.abs(every - target) <= 0.02 * target)[1:].any())
+        try:
+            plan, _ = meet(
+                lambda sparsity, multiple, s=scores, f=floors: SCOPES[scope](s, sparsity=sparsity, round_to=multiple, floors=f),
+                order,
+                lambda gone: getattr(costs.predict(gone), metric) / whole,
+                budget=Budget(metric, float(target)),
+                rounds=(step,),
+                floors=floors,
+            )
+        except Unsatisfiable:
+            assert not reachable, target
+        else:
+            share = getattr(costs.predict({n: len(c) for n, c in plan.items()}), metric) / whole
+            assert abs(share - target) <= 0.02 * target and reachable
+        outcomes.add(reachable)
+    assert outcomes == {True, False}, "targets of one kind only show nothing"

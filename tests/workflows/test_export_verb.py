@@ -261,20 +261,28 @@ def test_int8_is_calibrated_and_measured(profile, ticket, tmp_path):
 
 
 def test_layers_are_named_where_int8_broke_a_file_that_takes_pixels(ticket, tmp_path, monkeypatch):
-    """Images clipped at a 64th of their range: most of what the network looks at is gone."""
+    """Images clipped at a small part of their range, until much of what the network looks at is gone. How small that is hangs on what
+    the network has learnt, which differs between processors; at too little it is refused as another network."""
     right = onnxruntime.quantization.quantize_static
+    part = 1
 
     def clipped(model, path, *args, **options):
         right(model, path, *args, **options)
         made = onnx.load(path)
         first = next(n for n in made.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "input")
         scale = next(t for t in made.graph.initializer if t.name == first.input[1])
-        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / 64, scale.name))
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) / part, scale.name))
         onnx.save(made, path)
 
     monkeypatch.setattr(onnxruntime.quantization, "quantize_static", clipped)
-    document, _ = exported(ticket, tmp_path, "--profile", "orin", "--precision", "int8", "--uint8-input")
-    assert any("where FP32 has" in w and "/conv1/Conv (" in w for w in document["warnings"]), document["warnings"]
+    warned = {}
+    for part in (8, 16, 32, 64):
+        to = ("--out", tmp_path / str(part))
+        done = prunectl("export", ticket, *to, "--profile", "orin", "--precision", "int8", "--uint8-input", "--json")
+        warned[part] = done.document["warnings"] if done.code == 0 else done.err
+        if any("where FP32 has" in w and "/conv1/Conv (" in w for w in warned[part]):
+            return
+    raise AssertionError(warned)
 
 
 # -- zeros ---------------------------------------------------------------------------------------------------------------
