@@ -136,7 +136,7 @@ def train(
 def find_ticket(
     model: ModelArg,
     dataset: DataArg,
-    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of channels removed (default 0.5)")] = None,
+    sparsity: Annotated[float | None, typer.Option("--sparsity", help="share of the channels that may go to remove (default 0.5)")] = None,
     target_macs: Annotated[float | None, typer.Option("--target-macs", help="share of dense MACs kept")] = None,
     target_params: Annotated[float | None, typer.Option("--target-params", help="share of dense parameters kept")] = None,
     criterion: Annotated[

@@ -71,7 +71,7 @@ class Train(_Section):
 
 
 class Ticket(_Section):
-    sparsity: float | None = Field(None, gt=0, lt=1, description="share of channels removed")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share of the channels that may go to remove")
     target_macs: float | None = Field(None, gt=0, lt=1, description="share of dense MACs kept")
     target_params: float | None = Field(None, gt=0, lt=1, description="share of dense parameters kept")
     criterion: str = "obs"
@@ -91,13 +91,18 @@ class Ticket(_Section):
     window: int | None = Field(None, ge=1, description="null: the detector's own default")
     code: Literal["relu", "bn"] = "relu"
     probe: Literal["batch", "canvas"] = "batch"
-    probe_images: int = Field(256, ge=1)
+    probe_images: int = Field(256, ge=2, description="of one alone, no unit can be both on and off")
     probes_per_epoch: int = Field(4, ge=1)
     recalibration_batches: int = Field(100, ge=0)
     draws: int = Field(1, ge=1, le=20, description="steps in which the ticket is drawn, each keeping the same share of what the last left")
     draw_every: float = Field(1.0, gt=0, description="epochs from one draw to the next")
     rewarm_epochs: float = Field(0.0, ge=0, description="after a draw the learning rate climbs back to the schedule's over so many epochs")
     search_only: bool = False
+
+    @field_validator("criterion", "detector")
+    @classmethod
+    def _one_spelling(cls, value: str) -> str:
+        return canonical(value)
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +122,12 @@ class Ticket(_Section):
         return self
 
     @model_validator(mode="after")
+    def _merged(self) -> Ticket:
+        if self.repair == "merge" and self.weights != "inherit":
+            raise ValueError(f"repair = merge with weights = {self.weights}: there are no weights of removed channels to give to others")
+        return self
+
+    @model_validator(mode="after")
     def _pooled(self) -> Ticket:
         if self.pooling != "raw" and self.scope != "global":
             raise ValueError(f"pooling = {self.pooling} with scope = layerwise: scores are compared over layers with scope = global only")
@@ -131,7 +142,7 @@ class Ticket(_Section):
     @field_validator("round_to", mode="before")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        if value != "auto" and (not isinstance(value, int) or value < 1):
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError("must be auto or a positive number of channels, e.g. 8")
         return value
 

@@ -114,6 +114,9 @@ def test_dashes_and_underscores_are_equal_in_keys_and_names():
     assert _find(sets=["train.batch-size=32"]) == _find(sets=["train.batch_size=32"])
     one, two = (prunectl("train", m, d, "--print-recipe").out for m, d in (("vgg16", "fashion-mini"), ("VGG16", "fashion_mini")))
     assert one == two
+    assert _find(sets=["ticket.criterion=BN_scale", "ticket.detector=Epoch:2"]) == _find(
+        sets=["ticket.criterion=bn-scale", "ticket.detector=epoch:2"]
+    )
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ class Profile:
     """How a network is written for one target, and what that target reads.
 
     opset: what we write; max_opset, max_ir: the newest that the target reads. fp16: whether FP16 is a cast in the
-    graph or a flag of the engine build. sparsity: patterns of zeros that the target skips. round_to: channels are kept
-    in multiples of it. tensorrt: the oldest TensorRT served, None for ONNX Runtime. operators: the file in data/ that
+    graph or a flag of the engine build. sparsity: patterns of zeros that the target skips. round_to: the lint tells of
+    widths that are no multiple. tensorrt: the oldest TensorRT served, None for ONNX Runtime. operators: the file in data/ that
     lists its importers. types: the tensor types it reads, None for all. ahead_of_time: its engines are compiled without
     its GPU. refused: precision -> why it is not offered."""
 

@@ -8,7 +8,7 @@ stand in for is, for Gaussian inputs, the correlation of two rectified variables
 
 1 for a copy and 0 at a right angle (Cho & Saul 2009 give the moments; means are left to the batch-norm
 re-calibration). The idea of compensating in the next layer is Neuron Merging's (Kim et al., NeurIPS 2020), which uses
-c alone."""
+c alone. A unit that is constant gives its value to its readers' biases: exactly, but for a convolution's padded borders."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def merge_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[int]],
     merged = {}
     views = describe(model, graph, rho=rho)
     for name in sorted(graph.plain & dropped.keys() & views.keys()):
-        target, share = stand_ins(views[name], dropped[name], rho=rho)
+        channels, gone = views[name], torch.tensor(sorted(dropped[name]), dtype=torch.long)
+        target, share = stand_ins(channels, dropped[name], rho=rho)
+        constant = gone[channels.filters[gone].norm(dim=1) == 0]
+        _settle(model, graph[name], constant, channels.bias[constant].relu())
         useful = share > 0
         if useful.any():
-            gone = torch.tensor(sorted(dropped[name]))
             _give(model, graph[name], gone[useful], target[useful], share[useful])
         merged[name] = int(useful.sum())
     return merged
@@ -42,7 +44,7 @@ def merge_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[int]],
 
 def stand_ins(channels: Channels, dropped: Sequence[int], *, rho: float = 0.05) -> tuple[Tensor, Tensor]:
     """For each dropped unit, in ascending order, the nearest survivor and the factor for its outgoing weights (0: none)."""
-    gone = torch.tensor(sorted(dropped))
+    gone = torch.tensor(sorted(dropped), dtype=torch.long)
     stays = torch.ones(len(channels.bias), dtype=torch.bool)
     stays[gone] = False
     survivors = stays.nonzero().flatten()
@@ -67,6 +69,18 @@ def _give(model: nn.Module, group: Group, gone: Tensor, target: Tensor, share: T
         weight = layer.weight.data
         factor = share.to(weight).repeat_interleave(columns.shape[1]).view(1, -1, *[1] * (weight.dim() - 2))
         weight.index_add_(1, columns[target].flatten(), weight[:, columns[gone].flatten()] * factor)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, group: Group, constant: Tensor, value: Tensor) -> None:
+    """Adds what units of constant output give to their readers to the biases of those."""
+    for member in group.members:
+        layer = model.get_submodule(member.layer)
+        if member.out or not isinstance(layer, nn.Conv2d | nn.Linear) or layer.bias is None:
+            continue
+        columns = _columns_by_root(member.index, member.root, group.channels).to(layer.weight.device)
+        per_unit = layer.weight[:, columns[constant]].flatten(2).sum(2)
+        layer.bias.data += per_unit @ value.to(layer.weight)
 
 
 def _columns_by_root(index: Sequence[int], root: Sequence[int], channels: int) -> Tensor:

@@ -57,6 +57,12 @@ class Search:
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         search.search_only = ticket.search_only
+        looks = session.recipe.train.epochs * (ticket.probes_per_epoch if name == "spline" else 1)
+        if ticket.window is not None and ticket.window >= looks:
+            raise UsageError(
+                f"--window {ticket.window}: this schedule has {looks} looks of detector {name}, so that it would never fire;"
+                " take a smaller window or train for longer"
+            )
         search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
         try:
             watchers["spline"].observe(0.0, session.state.model, search.probe[:2])

@@ -320,6 +320,7 @@ def _save(s: Session, keeper: Keeper | None) -> None:
         "spent_flops": s.spent_flops,
         "wall_s": s.wall_s,
         "rows": s.rows,
+        "warnings": s.ui.warnings,
         "kept": kept_meta,
         "scaler": s.state.scaler.state_dict() if s.state.scaler else None,
     }
@@ -355,6 +356,7 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
         keeper.restore(found.section("kept"), found.meta["kept"])
     s.state.epoch, s.spent_flops, s.wall_before_s = found.epoch, found.meta["spent_flops"], found.meta["wall_s"]
     s.rows = found.meta["rows"]
+    s.ui.warnings[:] = dict.fromkeys([*found.meta.get("warnings", []), *s.ui.warnings])  # said by the run before; part of the result
     s.ui.say(f"resumed {s.run.path} after epoch {found.epoch}")
     return True
 

@@ -132,7 +132,7 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
     if s.wants_pattern:
         oneshot.nm_masks(oneshot.prunable(session.state.model), *s.n_of_m)
     if s.constraint == "group-k-support" and s.channels:
-        require_removable(session)
+        require_removable(session, s.channels)
     size = session.batches[1] if recipe.train.epochs else recipe.train.batch_size
     if s.sfw_init and s.constraint != "none" and size < LEAST_BATCH:
         raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")

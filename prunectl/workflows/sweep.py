@@ -6,14 +6,15 @@ training images without augmentation; accuracies without and with that stand sid
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunectl.data import Dataset
-from prunectl.errors import Unsatisfiable
+from prunectl.errors import Unsatisfiable, VerificationFailed
 from prunectl.pruning import allocate, cost, oneshot
+from prunectl.pruning.budget import CostModel
 from prunectl.pruning.channels import describe
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
@@ -97,11 +98,13 @@ def channel_tickets(session: Session, model: nn.Module, settings: Sfw) -> list[d
         with session.place.autocast():
             reconstruct_(repaired, graph, dropped, (session.place.images(x) for x, _ in few))
         repaired = compact(repaired, dropped, session.example()).module
+        small_cost = cost.count(repaired, session.input_shape)
+        if small_cost != CostModel.of(model, graph, session.input_shape).predict({name: len(c) for name, c in dropped.items()}):
+            raise VerificationFailed(f"the network without {100 * share:g} % of its channels is not what was planned: {small_cost}")
         measured = _measured(session, small, settings)
         _recalibrate_(session, repaired, settings)
         name = f"channels-{share:g}"
         session.write_model(name, repaired, further_steps=[{"dropped": dropped, "criterion": "relative filter norm"}])
-        small_cost = cost.count(repaired, session.input_shape)
         rows.append(
             {
                 "channels": share,
@@ -116,9 +119,16 @@ def channel_tickets(session: Session, model: nn.Module, settings: Sfw) -> list[d
     return rows
 
 
-def require_removable(session: Session) -> None:
-    """Raises Unsatisfiable when no channel of the network can be removed."""
-    _removable(session, session.state.model)
+def require_removable(session: Session, shares: Sequence[float]) -> None:
+    """Raises Unsatisfiable when no channel of the network can be removed, or none at one of the shares; warns where fewer would be."""
+    _, free = _removable(session, session.state.model)
+    total = sum(free.values())
+    most = sum(n - allocate.floor_of(n) for n in free.values()) / total
+    for share in shares:
+        if round(share * total) == 0:
+            raise Unsatisfiable(f"sfw.channels {share:g}: that is none of the {total} channels that may go")
+        if share > most + NEAR:
+            session.ui.warn(f"sfw.channels {share:g}: a share of {most:.3f} can go at most, and that is what is removed")
 
 
 def _removable(session: Session, model: nn.Module) -> tuple[Graph, dict[str, int]]:

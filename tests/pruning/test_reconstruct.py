@@ -40,6 +40,18 @@ def copy_channel(model: nn.Module, layer: str, norm: str, source: int, target: i
         t[target] = t[source] * f
 
 
+def test_merging_gives_a_constant_unit_to_the_bias_of_its_reader() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5)).eval()
+    model[0].weight.data[2], model[0].bias.data[2] = 0, 3
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    graph, expected = analyse(model, x[:1]), model(x)
+    assert merge_(model, graph, {"0": []}) == {"0": 0} and torch.equal(model(x), expected)
+    without = compact(model, {"0": [2]}, x[:1]).module(x)
+    merge_(model, graph, {"0": [2]})
+    assert (without - expected).abs().max() > 0.1, "the unit must have mattered"
+    assert torch.allclose(compact(model, {"0": [2]}, x[:1]).module(x), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["resnet8", "vgg16"])
 def test_a_scaled_copy_is_stood_in_for_exactly(name: str) -> None:
     model = network(name)

@@ -346,7 +346,18 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, verb):
     assert verb != "find-ticket" or "outputs" in said.document["locked"]["fc"]
 
 
-@pytest.mark.parametrize(("flags", "word"), [(("--detector", "epoch:x"), "epoch:5"), (("--detector", "spline:3"), "only epoch")])
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (("--detector", "epoch:x"), "epoch:5"),
+        (("--detector", "spline:3"), "only epoch"),
+        (("--detector", "Epoch:500"), "500"),
+        (("--window", "400"), "never fire"),
+        (("--set", "ticket.probe_images=1"), "probe_images"),
+        (("--merge", "--weights", "reinit"), "weights of removed channels"),
+        (("--set", "ticket.round_to=true"), "number of channels"),
+    ],
+)
 def test_a_dry_run_refuses_what_the_run_would(flags, word):
     prunectl(*FIND, *flags, "--dry-run").refused(2, word)
     prunectl(*FIND, "--detector", "epoch:1", "--eps", "0.1", "--dry-run").refused(2, "leave eps out")

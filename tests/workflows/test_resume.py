@@ -214,6 +214,15 @@ def test_a_spoilt_checkpoint_costs_an_epoch_and_a_warning(undisturbed, tmp_path)
     _must_equal(run, undisturbed["find-ticket"])
 
 
+def test_what_was_warned_of_before_an_interruption_is_in_the_result(tmp_path, monkeypatch):
+    """That this budget takes widths in multiples of less than 8 is said when the ticket is drawn, before the interruption."""
+    monkeypatch.setitem(SETTINGS, "find-ticket", [*SMALL, "model.width=0.5", "ticket.sparsity=0.4", "ticket.detector=epoch:0.5"])
+    _interrupted_after("find-ticket", 1, tmp_path)
+    resumed = prunectl(*_command("find-ticket", tmp_path, "--resume", "--json"))
+    assert resumed.code == 0 and "multiples of" not in resumed.err
+    assert ["multiples of" in w for w in resumed.document["warnings"]] == [True]
+
+
 def test_when_every_checkpoint_is_spoilt_it_begins_again_and_says_so(undisturbed, tmp_path):
     run = _interrupted_after("train", 2, tmp_path)
     for path in run.glob("checkpoints/*.safetensors"):

@@ -282,6 +282,14 @@ def test_what_does_nothing_or_leaves_nothing_is_said(tmp_path):
     assert any("more weights at zero" in w for w in said)
 
 
+def test_a_share_of_no_channel_is_refused_before_training_and_one_out_of_reach_is_said(tmp_path):
+    asked = (*TINY, "--constraint", "group-k-support", "--out", tmp_path / "runs", "--set")
+    prunectl(*asked, "sfw.channels=[0.5,0.001]").refused(3, "sfw.channels 0.001", "none of the", "channels that may go")
+    said = prunectl(*asked, "sfw.channels=[0.99]", "--json").document
+    (row,) = said["channel_tickets"]
+    assert row["removed"] < 0.9 and any(f"a share of {row['removed']:.3f} can go at most" in w for w in said["warnings"])
+
+
 def test_nm_on_a_network_of_odd_widths_is_unsatisfiable(tmp_path):
     net = tmp_path / "nets.py"
     net.write_text(
