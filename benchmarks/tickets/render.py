@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 TARGET = Path(__file__).parents[2] / "docs" / "evidence" / "tickets.md"
 Seeds = dict[int, dict[str, Any]]  # seed -> result
 WALL = Path(__file__).with_name("wall.json")
-NOTES = {"wider": ["The tickets were drawn by the spline score as it was before commit 05460e5.", ""]}
+NOTES = {("wider", "val"): ["These tickets were drawn by the spline score as it was before commit 05460e5.", ""]}
 HEAD = (
     "| arm | seeds | accuracy | to dense | to the default | right after the draw | drawn after epochs | MACs | parameters "
     "| training FLOPs | wall time | trained in |"
@@ -119,7 +119,12 @@ def text() -> str:
     ]
     for (net, judged), arms in sorted(cells().items()):
         name, width = NETS[net]
-        lines += ["", f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}", "", *NOTES.get(net, [])]
+        lines += [
+            "",
+            f"## {net}: {name}, width {width:g}, {'validation' if judged == 'val' else 'test'}",
+            "",
+            *NOTES.get((net, judged), []),
+        ]
         lines += [HEAD, "|---" * HEAD.count(" |") + "|"]
         lines += [row(net, arm, arms) for arm in sorted(arms, key=lambda a: (a != "dense", share_of(a), -mean_of(arms[a])))]
     lines += [
