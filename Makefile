@@ -17,7 +17,7 @@ demo: setup
 
 # one thread a test, two at a time: the whole default suite in minutes on two cores
 test: setup
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest -m slow --timeout 3600

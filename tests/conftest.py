@@ -22,3 +22,8 @@ def _no_data_of_this_machine(tmp_path_factory):
         for name in ("CI", "NO_COLOR", "FORCE_COLOR", "RANK", "WORLD_SIZE"):
             patch.delenv(name, raising=False)
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The files with the longest tests first: with two workers, one that begins last ends alone."""
+    items.sort(key=lambda item: "/workflows/" not in item.path.as_posix())
