@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
@@ -143,9 +144,11 @@ def meet(
             else:
                 high = middle
         plan = min((_sizes(allocate(s, round_to)) for s in (high, low)), key=lambda p: abs(share(p) - target))
-        plan = _refine(plan, order, share, budget, round_to, floors)
+        refine = partial(_refine, order=order, share=share, budget=budget, step=round_to, floors=floors)
+        plan = refine(plan)
         if abs(share(plan) - target) > budget.slack:
-            plan = _sought(plan, order, share, budget, round_to, floors)
+            widths = {g: _numbers(len(order[g]), round_to, floors[g]) for g in plan}
+            plan = _sought(plan, widths, share, budget, refine)
         if abs(share(plan) - target) <= budget.slack and any(plan.values()):
             return {g: sorted(order[g][:n]) for g, n in plan.items()}, round_to
         nearest = min(nearest, share(plan), key=lambda s: abs(s - target))
@@ -155,15 +158,13 @@ def meet(
 
 def _sought(
     plan: dict[str, int],
-    order: Mapping[str, list[int]],
+    widths: Mapping[str, list[int]],
     share: Callable[[Mapping[str, int]], float],
     budget: Budget,
-    step: int,
-    floors: Mapping[str, int],
+    refine: Callable[[dict[str, int]], dict[str, int]],
 ) -> dict[str, int]:
     """Where moves from `plan` do not meet the budget: of all widths the nearest plan that does, or, where these are too many,
-    what moves from plans around it come to. Else the plan whose share is nearest."""
-    widths = {g: _numbers(len(order[g]), step, floors[g]) for g in plan}
+    what moves from plans around it come to. Else the plan whose share is nearest. widths: group -> ascending numbers that may go."""
 
     def error(p: Mapping[str, int]) -> float:
         return abs(share(p) - budget.keeps)
@@ -176,7 +177,7 @@ def _sought(
     draw, best = random.Random(0), plan
     for _ in range(STARTS):
         near = {g: w[min(max(w.index(plan[g]) + draw.randint(-2, 2), 0), len(w) - 1)] for g, w in widths.items()}
-        best = min(best, _refine(near, order, share, budget, step, floors), key=error)
+        best = min(best, refine(near), key=error)
         if error(best) <= budget.slack:
             break
     return best
