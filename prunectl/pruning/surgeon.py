@@ -9,14 +9,18 @@ tr W_R' (K_RR - K_RS K_SS^-1 K_SR) W_R. With H = K^-1, one more channel k adds |
 hold for those that are left: the step of Hassibi & Stork (1993), with a channel in the place of a weight and the reader's true
 quadratic error in the place of a Hessian. Two units on one side of one hyperplane are multiples of each other and cost nothing; so does a
 unit that is a mix of several others, which no comparison of pairs would find. Only |w_k|^2 is needed, so that W is carried as its
-Gram matrix. Changes are gathered and applied a block at a time, as matrix products: for C channels about 6 C^3 operations a reader."""
+Gram matrix. Changes are gathered and applied a block at a time, as matrix products: for C channels about 4 C^3 operations a reader. Within
+a block a step is a few operations on short vectors, for all readers at once, in NumPy, whose calls cost a fraction of PyTorch's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prunectl.errors import VerificationFailed
@@ -34,66 +38,75 @@ def removal_errors(readers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     are not finite."""
     if not all(bool(t.isfinite().all()) for reader in readers for t in reader):
         raise VerificationFailed("channels cannot be ranked: what their readers are given, or their weights, is not finite")
-    systems = [_Reader(covariance, gram) for covariance, gram in readers]
-    left = torch.arange(len(readers[0][0]))
-    errors = torch.zeros(len(left), dtype=torch.float64)
+    h, g = torch.stack([_inverse(covariance) for covariance, _ in readers]), torch.stack([gram for _, gram in readers])
+    channels = torch.arange(h.shape[-1])
+    errors = torch.zeros(len(channels), dtype=torch.float64)
     last = 0.0
-    while len(left):
-        stays = torch.ones(len(left), dtype=torch.bool)
-        for _ in range(min(BLOCK, len(left))):
-            cost = torch.stack([s.costs() for s in systems]).sum(0).where(stays, torch.inf)
-            k = int(cost.argmin())
-            last = max(math.nextafter(last, math.inf), float(cost[k]))  # no ties: the order is the greedy one
-            errors[left[k]] = last
-            stays[k] = False
-            for s in systems:
-                s.remove(k)
-        for s in systems:
-            s.settle(stays)
-        left = left[stays]
+    while len(channels):
+        block = _remove(h.numpy(), g.numpy(), min(BLOCK, len(channels)))
+        for k, cost in zip(channels[block.gone].tolist(), block.costs, strict=True):
+            last = max(math.nextafter(last, math.inf), cost)  # no ties: the order is the greedy one
+            errors[k] = last
+        lengths, v, u = (torch.from_numpy(a) for a in (block.lengths[..., None], block.v, block.u))
+        left = len(channels) - len(block.gone)
+        holes, moved = _moves(block.gone, left)
+        for t in (channels, v, u, h, g):  # the last channels that stay fill the holes: the matrices shrink where they are
+            t[..., holes] = t[..., moved]
+        for t in (h, g):
+            t[:, holes] = t[:, moved]
+        channels, v, u, h, g = channels[:left], v[..., :left], u[..., :left], h[:, :left, :left], g[:, :left, :left]
+        h.baddbmm_(v.mT, lengths * v, alpha=-1)
+        g.baddbmm_(torch.cat([v, u], 1).mT, torch.cat([u, v], 1), alpha=-1)
     return errors
 
 
-class _Reader:
-    """H and G = W W' of the channels that are left at the start of a block, and what the block's removals change in them.
+class _Block(NamedTuple):
+    """Channels that go one after another, and what that changes, for each of R readers: removal i changes
+    H by -lengths[:, i] v_i v_i' and G = W W' by -(v_i u_i' + u_i v_i')."""
 
-    Removal i changes H by -lengths[i] v_i v_i' and G by -(v_i u_i' + u_i v_i')."""
+    gone: list[int]
+    costs: list[float]
+    lengths: NDArray[np.float64]  # (R, n)
+    v: NDArray[np.float64]  # (R, n, C)
+    u: NDArray[np.float64]  # (R, n, C)
 
-    def __init__(self, covariance: Tensor, gram: Tensor) -> None:
-        ridge, eye = RIDGE * covariance.diagonal().mean().clamp(min=_TINY), torch.eye(len(covariance), dtype=covariance.dtype)
+
+def _remove(h: NDArray[np.float64], g: NDArray[np.float64], count: int) -> _Block:
+    """h, g: H and G (R, C, C) as they are before the block; both are left alone."""
+    readers, channels, _ = h.shape
+    block = _Block([], [], np.zeros((readers, count)), *np.zeros((2, readers, count, channels)))
+    of_h, of_g = (t.diagonal(axis1=1, axis2=2).copy() for t in (h, g))
+    for n in range(count):
+        cost = (np.maximum(of_g, 0) / np.maximum(of_h, _TINY)).sum(0)
+        k = int(cost.argmin())
+        block.gone.append(k)
+        block.costs.append(float(cost[k]))
+        lengths, v, u = block.lengths[:, :n], block.v[:, :n], block.u[:, :n]
+        at_v, at_u = v[:, None, :, k], u[:, None, :, k]
+        row_h = h[:, k] - (lengths[:, None] * at_v @ v)[:, 0]
+        row_g = g[:, k] - (at_v @ u + at_u @ v)[:, 0]
+        length = np.maximum(row_h[:, k, None], _TINY)
+        new_v = row_h / length
+        new_u = row_g - row_g[:, k, None] / 2 * new_v
+        block.lengths[:, n], block.v[:, n], block.u[:, n] = length[:, 0], new_v, new_u
+        of_h -= length * new_v * new_v
+        of_g -= 2 * new_v * new_u
+        of_g[:, k] = np.inf  # never the cheapest again
+    return block
+
+
+def _inverse(covariance: Tensor) -> Tensor:
+    ridge, eye = RIDGE * covariance.diagonal().mean().clamp(min=_TINY), torch.eye(len(covariance), dtype=covariance.dtype)
+    factor, failed = torch.linalg.cholesky_ex(covariance + ridge * eye)
+    while failed:  # a few channels hold all the variance: the rounding of the products is larger than the ridge
+        ridge = 10 * ridge
         factor, failed = torch.linalg.cholesky_ex(covariance + ridge * eye)
-        while failed:  # a few channels hold all the variance: the rounding of the products is larger than the ridge
-            ridge = 10 * ridge
-            factor, failed = torch.linalg.cholesky_ex(covariance + ridge * eye)
-        self.h = torch.cholesky_inverse(factor)
-        self.g = gram
-        self._begin()
+    return torch.cholesky_inverse(factor)
 
-    def costs(self) -> Tensor:
-        return torch.div(self.of_g.clamp(min=0), self.of_h.clamp(min=_TINY))
 
-    def remove(self, k: int) -> None:
-        n = self.n
-        v, u, lengths = self.v[:n], self.u[:n], self.lengths[:n]
-        h = self.h[:, k] - (lengths * v[:, k]) @ v
-        g = self.g[:, k] - v[:, k] @ u - u[:, k] @ v
-        length = h[k].clamp(min=_TINY)
-        self.v[n] = h / length
-        self.u[n] = g - g[k] / 2 * self.v[n]
-        self.lengths[n] = length
-        self.of_h -= length * self.v[n].square()
-        self.of_g -= 2 * self.v[n] * self.u[n]
-        self.n += 1
-
-    def settle(self, stays: Tensor) -> None:
-        left = stays.nonzero().flatten()
-        v, u, lengths = self.v[: self.n, left], self.u[: self.n, left], self.lengths[: self.n, None]
-        self.h = self.h[left[:, None], left].addmm_(v.T, lengths * v, alpha=-1)
-        self.g = self.g[left[:, None], left].addmm_(torch.cat([v, u]).T, torch.cat([u, v]), alpha=-1)
-        self._begin()
-
-    def _begin(self) -> None:
-        self.n = 0
-        self.of_h, self.of_g = self.h.diagonal().clone(), self.g.diagonal().clone()
-        self.v, self.u = (self.h.new_zeros(BLOCK, len(self.h)) for _ in range(2))
-        self.lengths = self.h.new_zeros(BLOCK)
+def _moves(gone: Sequence[int], left: int) -> tuple[Tensor, Tensor]:
+    """Places below `left` that are empty, and as many at or above it that are not."""
+    empty = set(gone)
+    holes = [k for k in gone if k < left]
+    moved = [k for k in range(left, left + len(gone)) if k not in empty]
+    return torch.tensor(holes, dtype=torch.int64), torch.tensor(moved, dtype=torch.int64)
