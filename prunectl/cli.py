@@ -129,7 +129,7 @@ def train(
 
     result = workflow.train(settings, options, ui)
     workflow.show({**result, "run": out / result["run"]}, ui)
-    ui.document(_absolute(result, out))
+    ui.result(_absolute(result, out))
 
 
 @app.command("find-ticket")
@@ -215,7 +215,7 @@ def find_ticket(
 
     result = workflow.find_ticket(settings, options, ui)
     workflow.show({**result, "run": out / result["run"]}, ui)
-    ui.document(_absolute(result, out))
+    ui.result(_absolute(result, out))
     if result["outcome"] == "not-found":
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
 
@@ -294,7 +294,7 @@ def sfw_prune(
 
     result = workflow.sfw_prune(settings, options, ui)
     workflow.show({**result, "run": out / result["run"]}, ui)
-    ui.document(_absolute(result, out))
+    ui.result(_absolute(result, out))
 
 
 @app.command()
@@ -339,7 +339,7 @@ def export(
         if given := [flag for flag, value in (writing | {"--uint8-input": uint8_input, "--out": out}).items() if value]:
             raise UsageError(f"--lint-only checks one file for a --profile and writes none: leave {' and '.join(given)} out")
         result = workflow.lint_only(lint_only, profile, ui)
-        ui.document(result)
+        ui.result(result)
         raise typer.Exit(ExitStatus.VERIFICATION if result["outcome"] == "refused" else ExitStatus.OK)
     if dynamic_batch and batch is not None:
         raise UsageError("--dynamic-batch takes any number of images a call, --batch N exactly N: give one of them")
@@ -357,7 +357,7 @@ def export(
     )
     result = workflow.export(request, ui)
     workflow.show(result, ui)
-    ui.document(result)
+    ui.result(result)
     if result["outcome"] == "bundled":
         raise typer.Exit(ExitStatus.DEVICE)
 
@@ -419,7 +419,7 @@ def bench(
     request = workflow.Request(paths=tuple(paths or ()), plan=how, train=train, batch=batch, baseline=baseline, data_dir=data_dir, out=out)
     result = workflow.bench(request, ui)
     workflow.show(result, ui)
-    ui.document(result)
+    ui.result(result)
 
 
 @app.command("list")
@@ -439,7 +439,7 @@ def list_(
         raise UnknownName("list", kind, LISTS)
     found = {k: _entries(k) for k in ([kind] if kind else LISTS)}
     if json:
-        _ui(json, quiet, verbose, no_progress).document({"schema": 1, "verb": "list", **found})
+        _ui(json, quiet, verbose, no_progress).result({"verb": "list", "outcome": "listed", **found})
         return
     for name, entries in found.items():
         typer.echo(f"{name}:")
@@ -467,7 +467,7 @@ def show(
     ui = _ui(json, quiet, verbose, no_progress)
     from prunectl.workflows import show as workflow
 
-    ui.document(workflow.show(path, ui, why=why))
+    ui.result(workflow.show(path, ui, why=why))
 
 
 @app.command()
@@ -492,7 +492,7 @@ def demo(
 
     result = workflow.demo(_options(out, device, None, False, overwrite), ui)
     workflow.show(result, ui, out)
-    ui.document(result)
+    ui.result(result)
     if result["outcome"] == "not-found":
         raise typer.Exit(ExitStatus.UNSATISFIABLE)
 
@@ -634,7 +634,7 @@ def _print_recipe(settings: Any, ui: Any) -> None:
 def _dry_run(settings: Any, options: Any, ui: Any) -> None:
     from prunectl.workflows.dry_run import dry_run
 
-    ui.document(dry_run(settings, options, ui))
+    ui.result(dry_run(settings, options, ui))
 
 
 def _entries(kind: str) -> dict[str, str]:

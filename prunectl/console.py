@@ -8,6 +8,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class Console:
     verbosity: int = 0  # -1 quiet, 0 normal, 1 verbose
     progress: bool = True
     warnings: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         from rich.console import Console as Rich
@@ -98,6 +100,15 @@ class Console:
         with Progress(*columns, console=self._out, transient=True, auto_refresh=False) as line:
             task = line.add_task("starting", total=None)
             yield lambda text: line.update(task, description=text, refresh=True)
+
+    def result(self, value: dict[str, Any]) -> None:
+        """A verb's result as the document of --json, under the keys that every result has: null where they do not apply."""
+        if self.json:
+            from prunectl.versions import versions
+
+            nothing = dict.fromkeys(("run", "outcome", "model", "dataset", "seed"))
+            made = {"wall_s": round(time.monotonic() - self.started, 3), "versions": versions(), "warnings": list(self.warnings)}
+            self.document({"schema": 1, "verb": value["verb"], **nothing, **made, **value})
 
     def document(self, value: dict[str, Any]) -> None:
         """The one JSON document of --json on stdout."""

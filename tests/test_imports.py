@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "pruning": BASE,
     **dict.fromkeys(MIDDLE, BASE | {"files", "pruning"} | MIDDLE),
     "shipped": set(),
-    **{room: {"errors", "registry", "files", "shipped"} for room in ("recipe", "rundir", "console")},
-    "workflows": BASE | {"files", "pruning", "recipe", "rundir", "console", "shipped"} | MIDDLE,
+    "versions": set(),
+    **{room: {"errors", "registry", "files", "shipped", "versions"} for room in ("recipe", "rundir", "console")},
+    "workflows": BASE | {"files", "pruning", "recipe", "rundir", "console", "shipped", "versions"} | MIDDLE,
     "cli": {"errors", "registry", "recipe", "shipped", "rundir", "console", "workflows", "models", "data"},  # the last two for their lists
     "__main__": {"cli"},
     "__init__": {"workflows"} | MIDDLE,  # names handed on when they are asked for

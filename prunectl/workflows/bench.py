@@ -23,10 +23,10 @@ from prunectl.pruning.cost import training_flops
 from prunectl.recipe import read_back
 from prunectl.rundir import RunDir, read_json
 from prunectl.training import compactmodel
+from prunectl.versions import versions
 from prunectl.workflows import engine
 from prunectl.workflows import export as exporting
 from prunectl.workflows.bench_plan import Plan
-from prunectl.workflows.provenance import versions
 
 PROFILE = {"cpu": "cpu", "cuda": "gpu"}  # of the files that a device is given
 TRAIN_BATCH = 32  # of a network that belongs to no run

@@ -26,9 +26,9 @@ from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
 from prunectl.export.session import load_onnx_session, pixels_of
 from prunectl.training import compactmodel
+from prunectl.versions import versions
 from prunectl.workflows import engine
 from prunectl.workflows.export_source import Pattern, Source, home, parse_sparsity
-from prunectl.workflows.provenance import versions
 
 COMPARED = 256  # real images that torch and the graph both answer
 NOISE = 8  # random ones

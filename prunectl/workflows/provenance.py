@@ -1,26 +1,15 @@
-"""What a number came from: the versions, the hardware and the commit that a run records beside its results."""
+"""What a number came from, besides `versions`: the hardware and the commit that a run records beside its results."""
 
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunectl import __version__, dist
+from prunectl import dist
 from prunectl.training.precision import Placement
-
-
-def versions() -> dict[str, str]:
-    found = {"prunectl": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "torch-pruning", "numpy", "onnx", "onnxruntime"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def hardware(placement: Placement) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, Trai
 from prunectl.training.optimizers import load_state_tensors, sgd, state_tensors
 from prunectl.training.precision import Placement, place
 from prunectl.training.schedule import learning_rate
+from prunectl.versions import versions
 from prunectl.workflows.folder import Options
-from prunectl.workflows.provenance import commit, hardware, versions
+from prunectl.workflows.provenance import commit, hardware
 
 EVAL_BATCH = 500
 

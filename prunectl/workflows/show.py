@@ -40,8 +40,10 @@ def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
         [[r["layer"], "x".join(map(str, r["before"])), "x".join(map(str, r["after"])), si(r["params"])] for r in layers],
     )
     ui.say(f"parameters {saved.plan['params']:,}, MACs an image {saved.plan['macs']:,}, FLOPs {2 * saved.plan['macs']:,}")
-    result = {"schema": 1, "verb": "show", "outcome": "shown", "path": str(saved.path), "layers": layers}
-    result.update({k: saved.plan[k] for k in ("model", "params", "macs", "parent")})
+    plan = saved.plan
+    result: dict[str, Any] = {"schema": 1, "verb": "show", "run": plan["parent"], "outcome": "shown"}
+    result |= {"model": plan["model"]["name"], "dataset": plan["data"]["name"], "path": str(saved.path), "layers": layers}
+    result |= {k: plan[k] for k in ("params", "macs")}
     if run.finished:
         result["result"] = run.read_result()
     result["exports"] = exports = _exports(path if path.is_dir() else path.parent)

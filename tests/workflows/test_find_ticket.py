@@ -199,7 +199,10 @@ def test_show_lists_layers_before_and_after(found):
     run, _ = found
     shown, document = prunectl("show", run), prunectl("show", run, "--json").document
     assert shown.code == 0 and "conv1" in shown.out and shown.err == ""
-    assert document["params"] == result_of(run)["params"]["ticket"] and document["result"] == result_of(run)
+    of_run = result_of(run)
+    assert document["params"] == of_run["params"]["ticket"] and document["result"] == of_run
+    assert all(document[key] == of_run[key] for key in ("run", "model", "dataset", "versions"))
+    assert document["warnings"] == [] and document["wall_s"] > 0
     assert any(layer["before"] != layer["after"] for layer in document["layers"])
     assert sum(layer["params"] for layer in document["layers"]) < document["params"]
 
