@@ -15,7 +15,7 @@ import torch
 
 from prunectl.data.dataset import Dataset, DatasetInfo, View
 from prunectl.data.memory import MemoryPool, in_process
-from prunectl.workflows.provenance import versions
+from prunectl.versions import versions
 
 
 def random_images(n: int, channels: int, size: int, classes: int = 10) -> Dataset:

@@ -39,6 +39,11 @@ class Reading:
 
 
 class Detector(Protocol):
+    @property
+    def soonest(self) -> int:
+        """The first of its looks at which it can fire."""
+        ...
+
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading: ...
     def state(self) -> dict[str, Tensor]: ...
     def restore(self, state: Mapping[str, Tensor]) -> None: ...
@@ -57,6 +62,10 @@ class Spline:
         self.eps, self.window, self.code = eps, _checked(window), code
         self.max_bytes = max_bytes // (window + 1)
         self.past: deque[ActivationCode] = deque(maxlen=window)
+
+    @property
+    def soonest(self) -> int:
+        return self.window + 1
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
         code = CODES[self.code](model, probe, max_bytes=self.max_bytes)
@@ -81,6 +90,10 @@ class EarlyBird:
     def __init__(self, *, sparsity: float, eps: float = 0.1, window: int = 5) -> None:
         self.sparsity, self.eps, self.window = sparsity, eps, _checked(window)
         self.past: deque[Tensor] = deque(maxlen=window)
+
+    @property
+    def soonest(self) -> int:
+        return self.window + 1
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
         mask = _gamma_mask(model, self.sparsity)
@@ -108,6 +121,10 @@ class Epi:
         self.sparsity, self.tau, self.window = sparsity, tau, _checked(window)
         self.past: deque[Tensor] = deque(maxlen=window)
         self.values: deque[float] = deque(maxlen=5)
+
+    @property
+    def soonest(self) -> int:
+        return self.window + 6  # the window, five values to exceed, and one that does
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
         widths = _magnitude_widths(model, self.sparsity)
@@ -137,6 +154,10 @@ class Epoch:
         if not 0 <= at < math.inf:
             raise UsageError(f"detector epoch:{at:g}: the epoch must be 0 or later, e.g. epoch:3")
         self.at = at
+
+    @property
+    def soonest(self) -> int:
+        return 1
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
         return Reading(epoch, (), epoch >= self.at - 1e-9)

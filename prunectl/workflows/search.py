@@ -58,10 +58,10 @@ class Search:
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         search.search_only = ticket.search_only
         looks = session.recipe.train.epochs * (ticket.probes_per_epoch if name == "spline" else 1)
-        if ticket.window is not None and ticket.window >= looks:
+        if (soonest := watchers[name].soonest) > looks:
             raise UsageError(
-                f"--window {ticket.window}: this schedule has {looks} looks of detector {name}, so that it would never fire;"
-                " take a smaller window or train for longer"
+                f"detector {name}: it can fire at its look {soonest} at the earliest, and this schedule has {looks}, so that it would never"
+                " fire; take a smaller --window or train for longer"
             )
         search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
         try:

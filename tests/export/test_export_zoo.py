@@ -23,7 +23,7 @@ from prunectl.export import graph, lint, onnx, profiles, tensorrt, verify
 from prunectl.export.artifact import InputSpec
 from prunectl.pruning.allocate import layerwise, prunable
 from prunectl.pruning.surgery import analyse, compact
-from prunectl.workflows.provenance import versions
+from prunectl.versions import versions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 OURS = models.models.names()

@@ -317,6 +317,16 @@ def test_epi_fires_above_tau_and_above_the_five_values_before() -> None:
     assert not any(r.fires for r in watch(Epi(sparsity=0.5, tau=1.0, window=2), sequence))
 
 
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_soonest_is_the_first_look_that_can_fire(window: int) -> None:
+    for mask in (Spline(eps=1.1, window=window), EarlyBird(sparsity=0.5, eps=1.1, window=window)):
+        assert [r.fires for r in watch(mask, [network(i) for i in range(mask.soonest)])] == [False] * window + [True]
+    epi = Epi(sparsity=0.5, window=window)
+    restless = [with_widths((1, 8)[i % 2]) for i in range(epi.soonest - window - 1)]
+    assert [r.fires for r in watch(epi, [*restless, *[with_widths(4)] * (window + 1)])] == [False] * (epi.soonest - 1) + [True]
+    assert Epoch(at=0).soonest == 1
+
+
 def test_epi_needs_five_values_before() -> None:
     assert not any(r.fires for r in watch(Epi(sparsity=0.5, window=2), [with_widths(k) for k in (1, 8, 1, 8, 4, 4, 4)]))
 

@@ -356,6 +356,7 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, verb):
         (("--detector", "spline:3"), "only epoch"),
         (("--detector", "Epoch:500"), "500"),
         (("--window", "400"), "never fire"),
+        (("--detector", "epi", "--epochs", "8"), "look 11"),
         (("--set", "ticket.probe_images=1"), "probe_images"),
         (("--merge", "--weights", "reinit"), "weights of removed channels"),
         (("--set", "ticket.round_to=true"), "number of channels"),
