@@ -6,6 +6,7 @@ numbering of the network before that step; replayed, it gives the same module, a
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ from prunectl import models
 from prunectl.errors import CorruptFile, UnknownName, UsageError, VerificationFailed
 from prunectl.files import sha256, write_json
 from prunectl.pruning import cost
+from prunectl.pruning.modes import evaluating
 from prunectl.pruning.surgery import replay
 from prunectl.training.checkpoint import read_tensors, write_tensors
 
 PLAN, WEIGHTS = "plan.json", "model.safetensors"
+ANSWERS = 16
+ROUNDING = 1e-3  # of the largest logit; FP32 on another processor or through another library differs by 1e-5
 
 
 @dataclass(frozen=True)
@@ -43,21 +47,54 @@ class CompactModel:
             raise CorruptFile(f"{self.path} has a {PLAN} but no {WEIGHTS}; write the model again")
         if sha256(weights) != self.plan["weights_sha256"]:
             raise CorruptFile(f"{weights} is damaged: its sha256 is not the one in {PLAN}; write the model again")
+        plan = self.path / PLAN
         try:
             model = rebuild(self.plan["model"], self.plan["steps"])
         except (TypeError, ValueError, KeyError, UnknownName) as e:
-            raise CorruptFile(f"{self.path / PLAN} describes no network ({type(e).__name__}: {e}); write the model again") from None
+            raise CorruptFile(f"{plan} describes no network ({type(e).__name__}: {e}); write the model again") from None
         try:
             model.load_state_dict(read_tensors(weights))
         except RuntimeError:
-            raise CorruptFile(f"{weights} does not fit the network that {self.path / PLAN} describes") from None
+            raise CorruptFile(f"{weights} does not fit the network that {plan} describes{self._perhaps()}") from None
+        if (has := cost.parameters(model)) != self.plan["params"]:
+            raise CorruptFile(f"{plan} says {self.plan['params']} parameters, and the network it describes has {has}{self._perhaps()}")
+        if not _same(answer(model, self.input_shape), self.plan.get("answer")):
+            raise CorruptFile(
+                f"{self.path}: the network that {PLAN} describes answers otherwise than the one that was saved{self._perhaps()}"
+            )
         return model.eval()
+
+    def _perhaps(self) -> str:
+        file, colon, _ = str(self.plan["model"]["name"]).rpartition(":")
+        return f"; {file} may have changed since: put it back as it was, or train anew" if colon else ""
 
 
 def rebuild(arguments: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> nn.Module:
     """The architecture after its pruning steps, with fresh weights."""
     model = models.build(**arguments)
-    return replay(model, [s["dropped"] for s in steps], example_input(arguments))
+    try:
+        return replay(model, [s["dropped"] for s in steps], example_input(arguments))
+    except UsageError as e:
+        raise ValueError(e) from None  # the architecture is not the one that the steps were written for
+
+
+def answer(model: nn.Module, input_shape: tuple[int, int, int]) -> list[float] | None:
+    """The first logits of `model` in eval mode for one image of waves: they tell two networks of the same shapes apart.
+
+    None where it has no finite ones, or does not answer twice alike."""
+    image = torch.arange(math.prod(input_shape)).mul(0.7).sin().view(1, *input_shape)
+    device = next((p.device for p in model.parameters()), image.device)
+    with evaluating(model), torch.no_grad():
+        first, second = (model(image.to(device)).detach().flatten()[:ANSWERS].float().cpu() for _ in range(2))
+    return first.tolist() if bool(first.isfinite().all()) and torch.equal(first, second) else None
+
+
+def _same(now: list[float] | None, then: list[float] | None) -> bool:
+    """Within what other processors and libraries round otherwise. A plan of an earlier version has no answer."""
+    if now is None or not then:
+        return True
+    a, b = torch.tensor(now), torch.tensor(then)
+    return a.shape == b.shape and bool((a - b).abs().max() <= ROUNDING * b.abs().max().clamp(min=1e-6))
 
 
 def example_input(arguments: Mapping[str, Any]) -> Tensor:
@@ -95,11 +132,12 @@ def write(
         "weights_sha256": sha256(folder / WEIGHTS),
     }
     write_json(folder / PLAN, plan)
-    written = CompactModel(folder, plan)
-    back = written.module()
+    back = CompactModel(folder, plan).module()
     if cost.count(back, shape) != counted or any(not torch.equal(t, state[k].cpu()) for k, t in back.state_dict().items()):
         raise VerificationFailed(f"{folder}: the network rebuilt from its plan is not the one that was saved")
-    return written
+    plan["answer"] = answer(back, shape)
+    write_json(folder / PLAN, plan)
+    return CompactModel(folder, plan)
 
 
 def read(path: Path) -> CompactModel:
@@ -109,6 +147,9 @@ def read(path: Path) -> CompactModel:
         plan = json.loads(file.read_text(encoding="utf-8"))
         for key in ("model", "steps", "data", "params", "macs", "parent", "weights_sha256"):
             plan[key]
+        for section, keys in (("model", ("name", "in_channels", "image_size")), ("data", ("name",))):
+            for key in keys:
+                plan[section][key]
     except FileNotFoundError:
         raise CorruptFile(f"{path} is no saved model: it has no {PLAN}") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -123,8 +164,9 @@ def locate(path: Path) -> Path:
     if path.is_file() and path.name in (PLAN, WEIGHTS):
         return path.parent
     if path.is_file():
-        read_tensors(path)  # says so when it is a pickle
-        raise CorruptFile(f"{path} is no saved model: expected a run folder or a folder with {PLAN}")
+        if path.suffix != ".json":
+            read_tensors(path)  # says so when it is a pickle
+        raise UsageError(f"{path} is no saved model: expected a run folder or a folder with {PLAN}")
     if (path / "recipe.yaml").is_file() and not (path / "result.json").is_file():
         raise UsageError(f"{path} is an unfinished run: go on with it by --resume, or name a network inside it")
     for candidate in (path, path / "compact", path / "model", path / "dense"):

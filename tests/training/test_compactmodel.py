@@ -93,15 +93,56 @@ def test_a_plan_that_makes_no_sense(saved, tmp_path, change):
     [
         ({"model": {**ARGUMENTS, "name": "resnet9"}}, CorruptFile),
         ({"model": {**ARGUMENTS, "name": "/nowhere/nets.py:net"}}, UsageError),
-        ({"steps": [{"dropped": {"conv1": [999]}}]}, UsageError),
-        ({"model": {**ARGUMENTS, "width": 0.5}}, UsageError),
-        ({"steps": [{"dropped": {"nothing": [0]}}]}, UsageError),
+        ({"steps": [{"dropped": {"conv1": [999]}}]}, CorruptFile),
+        ({"model": {**ARGUMENTS, "width": 0.5}}, CorruptFile),
+        ({"steps": [{"dropped": {"nothing": [0]}}]}, CorruptFile),
     ],
     ids=str,
 )
 def test_a_plan_with_a_name_or_a_number_that_does_not_exist(saved, tmp_path, change, error):
     with pytest.raises(error):
         compactmodel.load(_edited(saved[1], tmp_path / "net", **change))
+
+
+NETS = """
+import torch
+from torch import nn
+
+def net(num_classes, in_channels):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(in_channels, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(2704, num_classes))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [("MaxPool2d(2)", "AvgPool2d(2)", "answers otherwise"), ("in_channels, 16, 3", "in_channels, 16, 3, bias=False", "does not fit")],
+)
+def test_a_users_file_that_was_edited_since_is_named(tmp_path, old, new, words):
+    file = tmp_path / "nets.py"
+    file.write_text(NETS)
+    arguments = {**ARGUMENTS, "name": f"{file}:net"}
+    compactmodel.write(tmp_path / "net", models.build(**arguments), arguments=arguments, steps=[], data=INFO, parent="")
+    compactmodel.load(tmp_path / "net")
+    file.write_text(NETS + "# a comment")
+    compactmodel.load(tmp_path / "net")
+    file.write_text(NETS.replace(old, new))
+    with pytest.raises(CorruptFile, match=rf"{words}.*nets\.py may have changed"):
+        compactmodel.load(tmp_path / "net")
+
+
+def test_a_plan_that_counts_otherwise_and_one_of_an_earlier_version(saved, tmp_path):
+    with pytest.raises(CorruptFile, match="says 2 parameters"):
+        compactmodel.load(_edited(saved[1], tmp_path / "two", params=2))
+    compactmodel.load(_edited(saved[1], tmp_path / "earlier", answer=None))
+
+
+def test_what_does_not_answer_is_saved_without_an_answer(tmp_path):
+    net = models.build(**ARGUMENTS)
+    net.fc.weight.data.fill_(3e38)
+    compactmodel.write(tmp_path, net, arguments=ARGUMENTS, steps=[], data=INFO, parent="")
+    assert compactmodel.read(tmp_path).plan["answer"] is None
+    compactmodel.load(tmp_path)
 
 
 def test_locate_says_what_is_missing(tmp_path):
