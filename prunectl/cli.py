@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 
@@ -541,7 +541,7 @@ def _run(argv: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _complain(argv, "interrupted", ExitStatus.INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout().fileno())  # the reader left; nothing more to say to it
         return ExitStatus.OK
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -572,11 +572,28 @@ def _complain(argv: list[str], message: str, status: ExitStatus | int) -> int:
         import json
 
         try:
-            sys.stdout.write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
-            sys.stdout.flush()
+            _stdout().write(json.dumps({"schema": 1, "outcome": "error", "error": one_line, "exit": int(status)}) + "\n")
+            _stdout().flush()
         except OSError:  # the disk is full, or the reader left; stderr has the sentence
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout().fileno())
     return int(status)
+
+
+_document: TextIO | None = None
+
+
+def _stdout() -> TextIO:
+    return _document or sys.stdout
+
+
+def _keep_stdout_for_the_document() -> None:
+    """With --json, what a user's network or a library prints, by whatever means, goes to stderr."""
+    global _document
+    stdout: TextIO = sys.stdout
+    if _document is None and stdout is sys.__stdout__:
+        stdout.flush()
+        _document = open(os.dup(stdout.fileno()), "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lasts
+        os.dup2(2, stdout.fileno())
 
 
 def _ui(json: bool, quiet: bool, verbose: int, no_progress: bool) -> Any:
@@ -584,7 +601,9 @@ def _ui(json: bool, quiet: bool, verbose: int, no_progress: bool) -> Any:
 
     if not _is_first_rank():
         return Console(verbosity=-1, progress=False)
-    return Console(json=json, verbosity=-1 if quiet else verbose, progress=not no_progress)
+    if json:
+        _keep_stdout_for_the_document()
+    return Console(json=json, verbosity=-1 if quiet else verbose, progress=not no_progress, stdout=_stdout())
 
 
 def _is_first_rank() -> bool:

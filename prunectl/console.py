@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 T = TypeVar("T")
 
@@ -24,6 +24,7 @@ class Console:
     progress: bool = True
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    stdout: TextIO | None = None  # where the document goes; default sys.stdout
 
     def __post_init__(self) -> None:
         from rich.console import Console as Rich
@@ -113,8 +114,9 @@ class Console:
     def document(self, value: dict[str, Any]) -> None:
         """The one JSON document of --json on stdout."""
         if self.json:
-            sys.stdout.write(jsonlib.dumps(value, indent=2) + "\n")
-            sys.stdout.flush()
+            stdout = self.stdout or sys.stdout
+            stdout.write(jsonlib.dumps(value, indent=2) + "\n")
+            stdout.flush()
 
 
 def si(value: float) -> str:

@@ -227,6 +227,14 @@ def test_json_survives_a_pipe_to_a_parser(tmp_path):
     assert json.loads(done.stdout)["exit"] == 2
 
 
+def test_what_a_users_network_prints_is_no_part_of_the_document(tmp_path):
+    lines = ("import os", "from torch import nn", "print('one')", "os.system('echo two')", "def net(num_classes):", " print('three')")
+    made = " return nn.Sequential(nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(10816, num_classes))"
+    (tmp_path / "nets.py").write_text("\n".join((*lines, made)))
+    done = installed("find-ticket", f"{tmp_path}/nets.py:net", "fashion-mini", "--dry-run", "--json", "-q", "--out", tmp_path / "runs")
+    assert done.document["outcome"] == "dry-run" and all(word in done.err for word in ("one", "two", "three"))
+
+
 def test_refusals_come_before_torch():
     """Names and values are checked in well under the seconds that importing torch takes."""
     started = time.monotonic()

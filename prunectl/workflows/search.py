@@ -57,12 +57,6 @@ class Search:
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         search.search_only = ticket.search_only
-        looks = session.recipe.train.epochs * (ticket.probes_per_epoch if name == "spline" else 1)
-        if (soonest := watchers[name].soonest) > looks:
-            raise UsageError(
-                f"detector {name}: it can fire at its look {soonest} at the earliest, and this schedule has {looks}, so that it would never"
-                " fire; take a smaller --window or train for longer"
-            )
         search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
         try:
             watchers["spline"].observe(0.0, session.state.model, search.probe[:2])
@@ -75,7 +69,24 @@ class Search:
         search.readings = {n: [] for n in watchers}
         if ticket.weights.startswith("rewind:"):
             search.not_before = float(ticket.weights[7:])
+        search._require_a_chance(session)
         return search
+
+    def _require_a_chance(self, session: Session) -> None:
+        """Raises UsageError for a schedule that ends before the deciding detector can fire, or with the look that it fires at."""
+        watcher, epochs, of_epoch = self.watchers[self.deciding], session.recipe.train.epochs, session.batches[0]
+        if isinstance(watcher, Epoch):
+            at, there_are, remedy = math.ceil(max(watcher.at, self.not_before) * of_epoch - 1e-9), epochs * of_epoch, "an earlier epoch:N"
+        else:
+            looks = min(self.per_epoch, of_epoch) if self.deciding == "spline" else 1  # of an epoch
+            at, there_are, remedy = watcher.soonest, epochs * looks, "a smaller --window"
+        if at > there_are - (not self.search_only) and not self.at_once:
+            what = "step" if isinstance(watcher, Epoch) else "look"
+            nothing = "" if at > there_are else ", after the last of which nothing trains a ticket"
+            raise UsageError(
+                f"detector {self.deciding}: it can fire at {what} {at} at the earliest, and this schedule has {there_are}{nothing};"
+                f" take {remedy} or train for longer"
+            )
 
     @property
     def at_once(self) -> bool:

@@ -49,9 +49,18 @@ def test_while_the_rate_warms_up_nothing_has_settled(tmp_path):
 def test_a_draw_at_the_very_end_is_none(tmp_path):
     """Nothing would train the small network; --search-only, which leaves that to another command, does draw."""
     late = ("--epochs", "1", "--eps", "0.99", "--window", "3")
-    none = prunectl(*FIND, *late, "--out", tmp_path / "a", "--json").document
-    assert none["outcome"] == "not-found" and none["detectors"]["spline"]["fires_at"] == 1.0
-    assert "fired only at the end of 1 epochs" in none["accuracy"]["reason"]
+    prunectl(*FIND, *late, "--out", tmp_path).refused(2, "look 4", "has 4", "nothing trains", "--window")
+    prunectl(*FIND, "--epochs", "2", "--detector", "epoch:1.99", "--out", tmp_path).refused(2, "step 8", "nothing trains", "earlier")
+    slowly = (*FIND, "--epochs", "2", "--detector", "epi", "--window", "1")  # of an epoch of 4 steps
+    prunectl(*slowly, "--out", tmp_path).refused(2, "look 7", "has 2")
+    few = ("--set", "data.train_images=50", "--epochs", "3")  # one step an epoch: three looks, however many are asked for
+    prunectl(*FIND, *few, "--window", "3", "--out", tmp_path).refused(2, "look 4", "has 3")
+    calm = (*FIND, "--epochs", "2", "--window", "1", "--json", "--out", tmp_path / "a", "--eps")
+    *before, last = (d["max"] for d in prunectl(*calm, "1e-9").document["distances"] if d["to"])
+    assert last < min(before)  # the rate has fallen to nothing
+    none = prunectl(*calm, (last + min(before)) / 2).document
+    assert none["outcome"] == "not-found" and none["detectors"]["spline"]["fires_at"] == 2.0
+    assert "fired only at the end of 2 epochs" in none["accuracy"]["reason"]
     searched = prunectl(*FIND, *late, "--search-only", "--out", tmp_path / "b", "--json").document
     assert searched["found_epoch"] == 1.0
     assert searched["training_flops"]["ratio"] is None and "--search-only" in searched["training_flops"]["reason"]
