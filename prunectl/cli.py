@@ -33,6 +33,7 @@ def _names(kind: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in _entries(kind) if name.startswith(incomplete)]
 
 
+LATEST = Path("runs/latest")
 MODEL_HELP = "a registered, torchvision or timm/NAME network, or file.py:function"
 DATA_HELP = "a registered data set, or a folder with train/ and val/"
 ModelArg = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=_names("models"))]
@@ -299,7 +300,7 @@ def sfw_prune(
 
 @app.command()
 def export(
-    path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = Path("runs/latest"),
+    path: Annotated[Path, typer.Argument(metavar="[RUN]", help="a run, or a folder with plan.json")] = LATEST,
     profile: Annotated[
         str | None,
         typer.Option(
@@ -335,8 +336,9 @@ def export(
     from prunectl.workflows import export as workflow
 
     if lint_only is not None:
-        writing = {"--trt": trt, "--host": host, "--sparsity": sparsity, "--batch": batch, "--dynamic-batch": dynamic_batch}
-        if given := [flag for flag, value in (writing | {"--uint8-input": uint8_input, "--out": out}).items() if value]:
+        writing: dict[str, Any] = {"--trt": trt, "--host": host, "--sparsity": sparsity, "--batch": batch, "--dynamic-batch": dynamic_batch}
+        writing |= {"--uint8-input": uint8_input, "--out": out, "--precision": precision != "fp32", str(path): path != LATEST}
+        if given := [flag for flag, value in writing.items() if value]:
             raise UsageError(f"--lint-only checks one file for a --profile and writes none: leave {' and '.join(given)} out")
         result = workflow.lint_only(lint_only, profile, ui)
         ui.result(result)
@@ -452,7 +454,7 @@ def list_(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, or a folder with plan.json")] = Path("runs/latest"),
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="a run, or a folder with plan.json")] = LATEST,
     why: Annotated[str | None, typer.Option("--why", metavar="LAYER", help="why this layer has its width")] = None,
     json: JsonOpt = False,
     quiet: QuietOpt = False,

@@ -39,13 +39,13 @@ def blamed_on(path: Path) -> Iterator[None]:
         yield
     except PrunectlError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = ":".join([str(path), *_lines(error, path)[-1:]])
         what = [type(error).__name__, *str(error).splitlines()[:1]]  # torch's messages go on for lines
         raise UsageError(f"{place}: {': '.join(what)}") from error
 
 
-def _lines(error: Exception, path: Path) -> list[str]:
+def _lines(error: BaseException, path: Path) -> list[str]:
     """The lines of `path` that the error came through, outermost first."""
     source = str(path.absolute())
     lines = [str(frame.lineno) for frame in traceback.extract_tb(error.__traceback__) if frame.filename == source]

@@ -44,6 +44,10 @@ def prunable(graph: Graph, keep: str | None = None, *, began: Mapping[str, int] 
     }
     if not found:
         reasons = sorted({g.locked for g in graph.groups if g.locked})
+        if least := [g for g in graph.groups if not g.locked and g.channels <= floors[g.name]]:
+            reasons.insert(
+                0, f"{least[0].name}{' and others have' if len(least) > 1 else ' has'} no more than the channels that always stay"
+            )
         raise Unsatisfiable(
             "no layer of this network can lose channels"
             + (f" outside --keep '{keep}'" if keep else "")

@@ -220,7 +220,7 @@ def _result(
         "train_total_j": training_total(raw, found),
         "settings": dict(raw.settings),
         "raw": str(kept.resolve()),
-        "wall_s": time.monotonic() - begin,
+        "wall_s": round(time.monotonic() - begin, 3),
         "versions": versions(),
         "warnings": list(ui.warnings),
     }

@@ -118,7 +118,7 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
         "lint": [asdict(f) for f in lint.lint(target, profile)],
         "zeros": zeros.statement if zeros_asked else None,
         "note": note,
-        "wall_s": time.perf_counter() - started,
+        "wall_s": round(time.perf_counter() - started, 3),
         "versions": versions(),
         "warnings": list(ui.warnings),
     }
@@ -224,8 +224,9 @@ def _proof(
     if images is not None:
         real = verify.compare(module, session, [images.sample(COMPARED, seed=0, split="val")])
         verify.require_same(real, precision)
+    seen = f"{real.n} {real.images} and " if images is not None else ""
     ui.say(
-        f"{profile.name}, {precision}: the graph answers as torch does on {real.n} {real.images} and {random.n} random images "
+        f"{profile.name}, {precision}: the graph answers as torch does on {seen}{random.n} random images "
         f"(largest difference {real.max_abs:.2g}, {real.max_rel:.1g} of the largest logit; top-1 agreement {real.top1_agreement:.1f} %)"
     )
     return {"max_abs_diff": max(real.max_abs, random.max_abs), "top1_agreement": real.top1_agreement}

@@ -65,19 +65,21 @@ class Source:
 
         Raises DataMissing where they are not at hand, UsageError where what is there has other classes."""
         info, ours = self.saved.plan["data"], self.recipe.data if self.recipe else None
-        name = ours.name if ours and self.data_dir is None else info["name"]  # of a folder, the plan knows its last part only
+        name, place = (info["name"], self.data_dir) if self.data_dir or not ours else (ours.name, ours.dir)
+        if name not in data.datasets and self.data_dir and (self.data_dir / "train").is_dir():
+            name = str(self.data_dir)  # the set's own folder, or one that holds it under its name
         try:
             images = data.load(
                 name,
-                data_dir=self.data_dir or (ours.dir if ours else None),
+                data_dir=place,
                 image_size=info["image_size"],
                 fit=info["fit"] if info["fit"] in ("pad", "resize") else "pad",
                 normalisation={"mean": tuple(info["mean"]), "std": tuple(info["std"])},
                 val_fraction=ours.val_fraction if ours else None,
                 train_images=ours.train_images if ours else None,
             )
-        except UnknownName as e:
-            raise DataMissing(f"the network's data set is not at hand: {e}") from None
+        except (UnknownName, DataMissing) as e:
+            raise DataMissing(f"the network's data set is not at hand: {str(e).rstrip('.')}; --data-dir names another place") from None
         if list(images.info.classes) != list(info["classes"]):
             raise UsageError(
                 f"{name} has {len(images.info.classes)} classes ({', '.join(images.info.classes[:3])}, ...) where the network was trained "

@@ -105,11 +105,15 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
 def _why_none(session: Session, search: Search) -> str:
     epochs = session.recipe.train.epochs
     at, seen = search.fires_at.get(search.deciding), search.readings[search.deciding]
+    name = search.deciding
     if at is not None and seen[-1].fires:
-        return f"the {search.deciding} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket"
+        return f"the {name} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket; train for longer"
     if at is not None:
-        return f"the {search.deciding} detector fired after {at:g} epochs, before the weights to go back to, and not again in {epochs}"
-    return f"the {search.deciding} detector did not fire in {epochs} epochs{_how_near(search)}"
+        return (
+            f"the {name} detector fired after {at:g} epochs, before the weights to go back to, and not again in {epochs};"
+            " rewind to an earlier epoch"
+        )
+    return f"the {name} detector did not fire in {epochs} epochs{_how_near(search)}; try a larger --eps, or --detector epoch:N"
 
 
 def _how_near(search: Search) -> str:
@@ -161,7 +165,7 @@ def show(result: dict[str, Any], ui: Console) -> None:
         saved = result["training_flops"]["ratio"]
         ui.say(f"ticket found after {result['found_epoch']:g} epochs; training cost {saved:.2f} of dense" if saved else "ticket found")
     else:
-        ui.say(f"no ticket: {a['reason']}; the dense network was trained to the end. Try a larger --eps, or --detector epoch:N")
+        (ui.say if ui.verbosity >= 0 else ui.error)(f"no ticket, and the dense network was trained to the end: {a['reason']}")
     ui.say(f"run: {result['run']}")
 
 

@@ -52,6 +52,8 @@ class Search:
         mask = {"sparsity": ticket.sparsity or DEFAULT_SPARSITY}
         built: dict[str, dict[str, Any]] = {"spline": {"code": ticket.code}, "early-bird": mask, "epi": mask}
         if name == "epi" and "eps" in options:
+            if options["eps"] >= 1:
+                raise UsageError(f"--eps {options['eps']:g}: detector epi's stability lies between 0 and 1; take less than 1, e.g. 0.017")
             options["tau"] = 1 - options.pop("eps")  # one option for every detector: how far from perfectly settled is settled
         built[name] = {**built.get(name, {}), **options}
         watchers = {n: detectors.detectors.get(n)(**kwargs) for n, kwargs in built.items()}

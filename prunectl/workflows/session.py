@@ -371,6 +371,10 @@ def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], l
             raise UsageError(
                 f"--from {recipe.start}: its {key} is {theirs[key]}, this run's {arguments[key]}; give the same model and data set"
             )
+    if arguments["width"] not in (1.0, theirs.get("width", 1.0)):
+        raise UsageError(
+            f"--from {recipe.start}: its width is {theirs.get('width', 1.0):g}; leave model.width = {arguments['width']:g} out"
+        )
     try:
         return dict(theirs), list(saved.plan["steps"]), saved.module()
     except CorruptFile as e:

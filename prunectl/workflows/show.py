@@ -43,7 +43,9 @@ def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
     plan = saved.plan
     result: dict[str, Any] = {"schema": 1, "verb": "show", "run": plan["parent"], "outcome": "shown"}
     result |= {"model": plan["model"]["name"], "dataset": plan["data"]["name"], "path": str(saved.path), "layers": layers}
-    result |= {k: plan[k] for k in ("params", "macs")}
+    result |= {k: plan[k] for k in ("params", "macs")} | _whose(run)
+    if run.ticket.is_file() and (run.path / "dense").is_dir() and (searched := compactmodel.read(run.path / "dense").plan)["steps"]:
+        ui.say(f"its ticket was found in a network that had been pruned to {searched['params']:,} parameters: --why counts from there")
     if run.finished:
         result["result"] = run.read_result()
     result["exports"] = exports = _exports(path if path.is_dir() else path.parent)
@@ -69,6 +71,8 @@ def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
     ticket = read_json(run.ticket)
     if "producers" not in ticket:
         raise UsageError(f"{run.ticket} is of an earlier version, which did not record who reads and writes; --overwrite makes it anew")
+    if lost := {"members", "readers", "kept", "widths", "dropped", "criterion", "scope", "round_to"} - ticket.keys():
+        raise CorruptFile(f"{run.ticket} is damaged: it has no {' and no '.join(sorted(lost))}; --overwrite makes it anew")
     groups = {name: members for name, members in ticket["members"].items() if layer in members}
     if not groups:
         raise UnknownName("layer", layer, sorted({m for members in ticket["members"].values() for m in members}))
@@ -77,7 +81,12 @@ def _why(path: Path, layer: str, ui: Console) -> dict[str, Any]:
         text, width, dropped = _reason(ticket, name, layer), ticket["widths"].get(name), ticket["dropped"].get(name, [])
         ui.say(text)
         answers.append({"group": name, "width": width, "members": members, "dropped": dropped, "text": text})
-    return {"schema": 1, "verb": "show", "outcome": "explained", "path": str(path), "layer": layer, "groups": answers}
+    return {"schema": 1, "verb": "show", "outcome": "explained", **_whose(run), "path": str(path), "layer": layer, "groups": answers}
+
+
+def _whose(run: RunDir) -> dict[str, Any]:
+    result = run.read_result() if run.finished else {}
+    return {key: result[key] for key in ("run", "model", "dataset", "seed") if key in result}
 
 
 def _reason(ticket: dict[str, Any], group: str, layer: str) -> str:

@@ -79,6 +79,7 @@ def test_a_class_is_a_function_and_neighbours_can_be_imported(tmp_path: Path) ->
         ("def net(:\n    pass\n", 1, "SyntaxError"),
         ("import torch\nimport no_such_module\n", 2, "ModuleNotFoundError"),
         ("def net(num_classes):\n    x = 1\n    return undefined\n", 3, "NameError: name 'undefined'"),
+        ("import sys\n\ndef net():\n    sys.exit('no licence')\n", 4, "SystemExit: no licence$"),
         ("def helper():\n    raise RuntimeError('no\\nmore')\n\ndef net():\n    return helper()\n", 2, "RuntimeError: no$"),
     ],
 )

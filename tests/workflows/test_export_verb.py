@@ -248,7 +248,11 @@ def test_a_run_on_a_folder_is_exported_from_anywhere_with_its_own_normalisation(
     prunectl("export", run, "--data-dir", tmp_path / "other", "--out", tmp_path / "x").refused(2, "3 classes (cat", "2 (rose")
     shutil.move(tmp_path / "data", tmp_path / "gone")
     lost = prunectl("export", run, "--out", tmp_path / "y", "--json")
-    assert lost.code == 0 and any("not measured" in w for w in lost.document["warnings"])
+    assert lost.code == 0 and any("not measured" in w and "--data-dir" in w for w in lost.document["warnings"])
+    assert "on 8 random images" in lost.err
+    for place in ("gone", "gone/flowers"):  # what holds the set, and the set itself
+        again = prunectl("export", run, "--data-dir", tmp_path / place, "--out", tmp_path / place / "z", "--json").document
+        assert again["artifacts"][0]["accuracy"] == entry["accuracy"]
 
 
 @pytest.mark.parametrize("profile", ["cpu", "orin"])
@@ -507,6 +511,7 @@ def test_lint_only_on_any_file(ticket, tmp_path):
     findings = prunectl("export", "--lint-only", newer, "--profile", "tx2", "--json")
     assert findings.code == 4 and {"opset", "ir"} <= {f["rule"] for f in json.loads(findings.out)["lint"]}
     assert prunectl("export", "--lint-only", newer).code == 0
+    prunectl("export", "nowhere", "--lint-only", newer, "--precision", "fp16").refused(2, "leave --precision and nowhere out")
     (tmp_path / "bad.onnx").write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
     prunectl("export", "--lint-only", tmp_path / "bad.onnx").refused(4, "not a readable ONNX file")
     prunectl("export", "--lint-only", tmp_path / "none.onnx").refused(2, "not a file")

@@ -215,6 +215,15 @@ def test_show_of_an_unfinished_run_with_a_strange_line(found, tmp_path):
     prunectl("show", run).refused(4, "metrics.jsonl", "last line")
 
 
+@pytest.mark.parametrize("key", ["members", "widths", "dropped", "criterion"])
+def test_show_why_of_a_damaged_ticket(found, tmp_path, key):
+    run = shutil.copytree(found[0], tmp_path / found[0].name)
+    ticket = json.loads((run / "ticket.json").read_text())
+    (run / "ticket.json").write_text(json.dumps({k: v for k, v in ticket.items() if k != key}))
+    prunectl("show", run, "--why", "conv1").refused(4, "ticket.json", f"no {key}")
+    prunectl("show", run / "ticket.json").refused(2, "no saved model", "run folder")
+
+
 def test_show_finds_the_latest_run_by_itself(found, monkeypatch):
     monkeypatch.chdir(found[0].parent.parent)
     assert prunectl("show").code == 0
@@ -230,6 +239,8 @@ def test_show_why(found):
         line = next(text for text in said.out.splitlines() if f"(channels of {coupled})" in text)
         assert said.code == 0 and all((side in line.split(" of ")[0]) == there for side, there in sides.items()), line
     assert not any("bn" in name for names in ticket["producers"].values() for name in names)
+    document, of_run = prunectl("show", run, "--why", coupled, "--json").document, result_of(run)
+    assert all(document[key] == of_run[key] for key in ("run", "model", "dataset", "seed"))
     assert "inputs of fc " in prunectl("show", run, "--why", "fc").out
     assert "stay whole: " in prunectl("show", run, "--why", next(iter(ticket["kept"]))).out
     document = prunectl("show", run, "--why", coupled, "--json").document
@@ -284,6 +295,16 @@ def test_a_start_of_another_network_or_data_set_is_refused(found, tmp_path, mode
         dataset = str(tmp_path / "photos")
     argv = ("train", model, dataset, "--epochs", 1, "--from", found[0], "--out", tmp_path / "runs")
     prunectl(*argv).refused(2, "--from", "same model and data set")
+
+
+def test_a_start_has_the_width_it_has(found, tmp_path):
+    argv = ("train", "resnet8", "fashion-mini", "--epochs", 0, "--from", found[0], "--out", tmp_path)
+    prunectl(*argv, "--set", "model.width=2").refused(2, "its width is 0.5", "leave model.width = 2 out")
+    assert prunectl(*argv).code == 0
+
+
+def test_a_network_that_is_too_narrow_to_cut_is_told_so(tmp_path):
+    prunectl(*FIND, "--set", "model.width=0.1", "--out", tmp_path).refused(3, "conv1 and others have no more than the channels that always")
 
 
 @pytest.mark.parametrize(
@@ -355,8 +376,9 @@ def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, verb):
         (("--detector", "epoch:x"), "epoch:5"),
         (("--detector", "spline:3"), "only epoch"),
         (("--detector", "Epoch:500"), "500"),
-        (("--window", "400"), "never fire"),
+        (("--window", "400"), "look 401"),
         (("--detector", "epi", "--epochs", "8"), "look 11"),
+        (("--detector", "epi", "--eps", "2"), "less than 1"),
         (("--set", "ticket.probe_images=1"), "probe_images"),
         (("--merge", "--weights", "reinit"), "weights of removed channels"),
         (("--set", "ticket.round_to=true"), "number of channels"),

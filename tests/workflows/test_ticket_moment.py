@@ -36,6 +36,8 @@ def test_no_ticket_trains_the_dense_network_to_the_end_and_exits_3(tmp_path):
     assert again.code == 3 and again.document == result
     assert prunectl("show", run).code == 0
     assert prunectl(*argv[:-1], "--overwrite").out.count("no ticket") == 1
+    quietly = prunectl(*argv[:-1], "-q")
+    assert (quietly.code, quietly.out) == (3, "") and quietly.err.count("\n") == 1 and "no ticket" in quietly.err
 
 
 def test_while_the_rate_warms_up_nothing_has_settled(tmp_path):
