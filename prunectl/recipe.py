@@ -309,7 +309,10 @@ def resolve(
     settings["data"] = {**_section(settings, "data"), "name": dataset}
     if verb in SECTION_OF:
         settings[SECTION_OF[verb]] = _section(settings, SECTION_OF[verb])
-    given = {**(overrides or {}), **dict(_assignment(text) for text in sets)}
+    options, settled = dict(overrides or {}), dict(_assignment(text) for text in sets)
+    if twice := [key for key in options.keys() & settled.keys() if options[key] != settled[key]]:
+        raise UsageError(f"{twice[0]} is given twice, {options[twice[0]]} by its option and {settled[twice[0]]} by --set: leave one out")
+    given = {**options, **settled}
     for key in given:
         reader = next((v for v, section in READ_BY.items() if key.startswith(section) and v != verb), None)
         if reader:

@@ -259,3 +259,10 @@ def test_the_recipe_of_another_verb_gives_what_both_read(tmp_path):
     train = resolve("train", model="resnet8", dataset="fashion-mini", file=tmp_path / "recipe.yaml")
     assert train.ticket is None and train.train == recipe.train
     assert train.run_name == resolve("train", model="resnet8", dataset="fashion-mini", sets=["train.epochs=7"]).run_name
+
+
+def test_an_option_and_a_setting_that_contradict_each_other_are_refused():
+    resolved = resolve("train", model="resnet8", dataset="fashion-mini", overrides={"train.epochs": 5}, sets=["train.epochs=5"])
+    assert resolved.train.epochs == 5
+    with pytest.raises(UsageError, match=r"train\.epochs is given twice, 5 by its option and 1 by --set"):
+        resolve("train", model="resnet8", dataset="fashion-mini", overrides={"train.epochs": 5}, sets=["train.epochs=1"])

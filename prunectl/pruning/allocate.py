@@ -30,7 +30,7 @@ def prunable(graph: Graph, keep: str | None = None, *, began: Mapping[str, int] 
     keep: a regular expression searched in the names of the group's producers. began: group name -> channels before the first of
     several prunings, of groups that floors are to be reckoned from. Raises Unsatisfiable when none is left."""
     try:
-        protected = re.compile(keep) if keep else None
+        protected = re.compile(keep) if keep is not None else None
     except re.error as e:
         raise UsageError(f"--keep '{keep}' is no regular expression: {e}") from None
     if protected and not any(protected.search(p) for g in graph.groups for p in g.producers):
@@ -50,7 +50,7 @@ def prunable(graph: Graph, keep: str | None = None, *, began: Mapping[str, int] 
             )
         raise Unsatisfiable(
             "no layer of this network can lose channels"
-            + (f" outside --keep '{keep}'" if keep else "")
+            + (f" outside --keep '{keep}'" if keep is not None else "")
             + (f" ({'; '.join(reasons)})" if reasons else "")
         )
     return found
