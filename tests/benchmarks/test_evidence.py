@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def test_a_changed_cell_is_noticed(tmp_path: Path) -> None:
     assert cells.outdated({}, {picture: (sfw.plot, sfw.curves)}) == []
     assert cells.outdated({}, {picture: (sfw.plot, lambda: {**sfw.curves(), "another": {}})}) == ["sfw.png"]
     assert cells.outdated({tmp_path / "gone.md": sfw.text}, {}) == ["gone.md"]
+
+
+def test_the_readme_quotes_what_the_pages_say() -> None:
+    """Every decimal of a line about what was measured stands in the page that the line links to."""
+    root = Path(__file__).parents[2]
+    measured = (root / "README.md").read_text(encoding="utf-8").partition("## What was measured")[2].partition("\n\n[docs/evidence]")[0]
+    lines = measured.strip().split("\n- ")
+    assert len(lines) == 3
+    for line in lines:
+        (page,) = re.findall(r"\((docs/evidence/\w+\.md)\)", line)
+        figures = re.findall(r"\d+\.\d+|\d+e-\d+|\d+ of \d+(?= exported)", line)
+        missing = [f for f in figures if f not in (root / page).read_text(encoding="utf-8") and f not in ("0.5", "0.25")]
+        assert len(figures) > 3 and missing == []
 
 
 class Small(cells.Cell):
