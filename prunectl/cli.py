@@ -337,7 +337,13 @@ def export(
 
     if lint_only is not None:
         writing: dict[str, Any] = {"--trt": trt, "--host": host, "--sparsity": sparsity, "--batch": batch, "--dynamic-batch": dynamic_batch}
-        writing |= {"--uint8-input": uint8_input, "--out": out, "--precision": precision != "fp32", str(path): path != LATEST}
+        writing |= {
+            "--uint8-input": uint8_input,
+            "--out": out,
+            "--data-dir": data_dir,
+            "--precision": precision != "fp32",
+            str(path): path != LATEST,
+        }
         if given := [flag for flag, value in writing.items() if value]:
             raise UsageError(f"--lint-only checks one file for a --profile and writes none: leave {' and '.join(given)} out")
         result = workflow.lint_only(lint_only, profile, ui)
@@ -601,10 +607,10 @@ def _keep_stdout_for_the_document() -> None:
 def _ui(json: bool, quiet: bool, verbose: int, no_progress: bool) -> Any:
     from prunectl.console import Console
 
-    if not _is_first_rank():
-        return Console(verbosity=-1, progress=False)
     if json:
         _keep_stdout_for_the_document()
+    if not _is_first_rank():
+        return Console(verbosity=-1, progress=False)
     return Console(json=json, verbosity=-1 if quiet else verbose, progress=not no_progress, stdout=_stdout())
 
 

@@ -309,10 +309,7 @@ def resolve(
     settings["data"] = {**_section(settings, "data"), "name": dataset}
     if verb in SECTION_OF:
         settings[SECTION_OF[verb]] = _section(settings, SECTION_OF[verb])
-    options, settled = dict(overrides or {}), dict(_assignment(text) for text in sets)
-    if twice := [key for key in options.keys() & settled.keys() if options[key] != settled[key]]:
-        raise UsageError(f"{twice[0]} is given twice, {options[twice[0]]} by its option and {settled[twice[0]]} by --set: leave one out")
-    given = {**options, **settled}
+    given = _together(overrides or {}, sets)
     for key in given:
         reader = next((v for v, section in READ_BY.items() if key.startswith(section) and v != verb), None)
         if reader:
@@ -335,7 +332,7 @@ def merged(file: Path | None, overrides: Mapping[str, Any], sets: Iterable[str] 
 
     Raises UsageError for what cannot be read."""
     settings = _read(file) if file else {}
-    for key, value in {**overrides, **dict(_assignment(text) for text in sets)}.items():
+    for key, value in _together(overrides, sets).items():
         _put(settings, key, value)
     return settings
 
@@ -397,6 +394,23 @@ def _section(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"recipe {name} = {value!r}: expected a section of keys, as in {name}: {{key: value}}")
     return dict(value)
+
+
+def _together(options: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]:
+    """Settings of options and of --set. Raises UsageError where the two contradict each other."""
+    settled = dict(_assignment(text) for text in sets)
+    for key in options.keys() & settled.keys():
+        if _spelled(options[key]) != _spelled(settled[key]):
+            raise UsageError(f"{key} is given twice, {options[key]} by its option and {settled[key]} by --set: leave one out")
+    return {**options, **settled}
+
+
+def _spelled(value: Any) -> Any:
+    """One spelling of what means the same: 1e-3 and 0.001, bn_scale and bn-scale, 0.9 and [0.9]."""
+    if isinstance(value, list | tuple):
+        return _spelled(value[0]) if len(value) == 1 else [_spelled(v) for v in value]
+    text = str(value)
+    return float(text) if _is_number(text) else canonical(text)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

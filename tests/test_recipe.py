@@ -266,3 +266,21 @@ def test_an_option_and_a_setting_that_contradict_each_other_are_refused():
     assert resolved.train.epochs == 5
     with pytest.raises(UsageError, match=r"train\.epochs is given twice, 5 by its option and 1 by --set"):
         resolve("train", model="resnet8", dataset="fashion-mini", overrides={"train.epochs": 5}, sets=["train.epochs=1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "option", "setting"),
+    [
+        ("data.dir", Path("data"), "data"),
+        ("ticket.eps", 1e-3, "1e-3"),
+        ("ticket.criterion", "bn-scale", "bn_scale"),
+    ],
+)
+def test_an_option_and_a_setting_that_say_the_same_are_taken(key, option, setting):
+    resolve("find-ticket", model="resnet8", dataset="fashion-mini", overrides={key: option}, sets=[f"{key}={setting}"])
+
+
+def test_a_share_and_a_list_of_it_are_the_same():
+    with pytest.raises(UsageError, match="given twice"):
+        resolve("sfw-prune", model="resnet8", dataset="fashion-mini", overrides={"sfw.sparsity": [0.9]}, sets=["sfw.sparsity=0.8"])
+    resolve("sfw-prune", model="resnet8", dataset="fashion-mini", overrides={"sfw.sparsity": [0.9]}, sets=["sfw.sparsity=[0.9]"])

@@ -157,7 +157,7 @@ class Epoch:
 
     @property
     def soonest(self) -> int:
-        return 1
+        return 1  # of its epoch, whatever a look would show
 
     def observe(self, epoch: float, model: nn.Module, probe: Tensor) -> Reading:
         return Reading(epoch, (), epoch >= self.at - 1e-9)

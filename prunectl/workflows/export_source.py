@@ -66,7 +66,7 @@ class Source:
         Raises DataMissing where they are not at hand, UsageError where what is there has other classes."""
         info, ours = self.saved.plan["data"], self.recipe.data if self.recipe else None
         name, place = (info["name"], self.data_dir) if self.data_dir or not ours else (ours.name, ours.dir)
-        if name not in data.datasets and self.data_dir and (self.data_dir / "train").is_dir():
+        if name not in data.datasets and self.data_dir and (self.data_dir.expanduser() / "train").is_dir():
             name = str(self.data_dir)  # the set's own folder, or one that holds it under its name
         try:
             images = data.load(

@@ -165,7 +165,8 @@ def show(result: dict[str, Any], ui: Console) -> None:
         saved = result["training_flops"]["ratio"]
         ui.say(f"ticket found after {result['found_epoch']:g} epochs; training cost {saved:.2f} of dense" if saved else "ticket found")
     else:
-        (ui.say if ui.verbosity >= 0 else ui.error)(f"no ticket, and the dense network was trained to the end: {a['reason']}")
+        say = ui.error if ui.verbosity < 0 and dist.rank() == 0 else ui.say  # of several processes, one speaks
+        say(f"no ticket, and the dense network was trained to the end: {a['reason']}")
     ui.say(f"run: {result['run']}")
 
 

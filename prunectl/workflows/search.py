@@ -82,6 +82,7 @@ class Search:
         else:
             looks = min(self.per_epoch, of_epoch) if self.deciding == "spline" else 1  # of an epoch
             at, there_are, remedy = watcher.soonest, epochs * looks, "a smaller --window"
+            remedy = remedy if getattr(watcher, "window", 1) > 1 else "another detector"
         if at > there_are - (not self.search_only) and not self.at_once:
             what = "step" if isinstance(watcher, Epoch) else "look"
             nothing = "" if at > there_are else ", after the last of which nothing trains a ticket"

@@ -116,7 +116,13 @@ def net(num_classes, in_channels):
 
 @pytest.mark.parametrize(
     ("old", "new", "words"),
-    [("MaxPool2d(2)", "AvgPool2d(2)", "answers otherwise"), ("in_channels, 16, 3", "in_channels, 16, 3, bias=False", "does not fit")],
+    [
+        ("MaxPool2d(2)", "AvgPool2d(2)", "answers otherwise"),
+        ("nn.ReLU()", "nn.RReLU(9, 9.9)", "answers otherwise"),
+        ("nn.ReLU()", "nn.Threshold(9, float('nan'))", "answers otherwise"),
+        ("nn.ReLU()", "nn.Unflatten(1, (2, 8))", "fails with"),
+        ("in_channels, 16, 3", "in_channels, 16, 3, bias=False", "does not fit"),
+    ],
 )
 def test_a_users_file_that_was_edited_since_is_named(tmp_path, old, new, words):
     file = tmp_path / "nets.py"
@@ -129,6 +135,29 @@ def test_a_users_file_that_was_edited_since_is_named(tmp_path, old, new, words):
     file.write_text(NETS.replace(old, new))
     with pytest.raises(CorruptFile, match=rf"{words}.*nets\.py may have changed"):
         compactmodel.load(tmp_path / "net")
+
+
+def test_a_users_file_that_was_edited_while_it_trained(tmp_path):
+    file = tmp_path / "nets.py"
+    file.write_text(NETS)
+    arguments = {**ARGUMENTS, "name": f"{file}:net"}
+    trained = models.build(**arguments)
+    file.write_text(NETS.replace("MaxPool2d(2)", "AvgPool2d(2)"))
+    with pytest.raises(VerificationFailed, match=r"does not answer as what was trained.*nets\.py may have changed"):
+        compactmodel.write(tmp_path / "net", trained, arguments=arguments, steps=[], data=INFO, parent="")
+
+
+def test_autocast_around_a_load_changes_nothing(saved):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compactmodel.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"answer": "abc"}, {"answer": [None]}, {"answer": {"x": 1}}, {"model": {**ARGUMENTS, "name": 5}}], ids=str
+)
+def test_a_plan_whose_values_are_of_another_kind(saved, tmp_path, change):
+    with pytest.raises(CorruptFile, match=r"plan\.json is damaged"):
+        compactmodel.load(_edited(saved[1], tmp_path / "net", **change))
 
 
 def test_a_plan_that_counts_otherwise_and_one_of_an_earlier_version(saved, tmp_path):
