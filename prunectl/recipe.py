@@ -28,6 +28,16 @@ Fraction = Field(gt=0, lt=1)
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_number_is_true(cls, value: Any) -> Any:
+        """pydantic would read true as 1."""
+        for name, given in value.items() if isinstance(value, Mapping) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(given, bool) and field and field.annotation is not bool and name != "round_to":  # which has words of its own
+                raise ValueError(f"{name} = {str(given).lower()}: expected another value than true or false")
+        return value
+
 
 class Model(_Section):
     name: str
@@ -68,6 +78,12 @@ class Train(_Section):
         if list(value) != sorted(value) or any(not 0 < m < 1 for m in value):
             raise ValueError("must be increasing shares of the schedule between 0 and 1, e.g. [0.5, 0.75]")
         return value
+
+    @model_validator(mode="after")
+    def _nesterov_of_something(self) -> Train:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov = true with momentum = 0: there is no momentum to look ahead with, give one such as 0.9")
+        return self
 
 
 class Ticket(_Section):
@@ -363,6 +379,16 @@ def read_back(path: Path) -> Recipe:
         raise CorruptFile(f"{path} is damaged: {e}") from None
 
 
+class _OncePerKey(yaml.SafeLoader):
+    """Of a key that comes twice YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} comes twice{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -371,7 +397,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UsageError(f"recipe {path} is not a text file") from None
     try:
-        settings = yaml.safe_load(text) or {}
+        settings = yaml.load(text, Loader=_OncePerKey) or {}
     except yaml.YAMLError as e:
         raise UsageError(f"recipe {path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):

@@ -284,3 +284,23 @@ def test_a_share_and_a_list_of_it_are_the_same():
     with pytest.raises(UsageError, match="given twice"):
         resolve("sfw-prune", model="resnet8", dataset="fashion-mini", overrides={"sfw.sparsity": [0.9]}, sets=["sfw.sparsity=0.8"])
     resolve("sfw-prune", model="resnet8", dataset="fashion-mini", overrides={"sfw.sparsity": [0.9]}, sets=["sfw.sparsity=[0.9]"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("sfw.fade=true", "fade = true"), ("train.lr=false", "lr = false"), ("sfw.sparsity=true", "sparsity = true")],
+)
+def test_true_is_no_number(setting, words):
+    with pytest.raises(UsageError, match=words):
+        resolve("sfw-prune", model="resnet8", dataset="fashion-mini", sets=[setting])
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(UsageError, match="nesterov = true with momentum = 0"):
+        resolve("train", model="resnet8", dataset="fashion-mini", sets=["train.nesterov=true", "train.momentum=0"])
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_text("train:\n  epochs: 1\n  lr: 0.1\ntrain:\n  epochs: 3\n")
+    with pytest.raises(UsageError, match=r"r\.yaml is not YAML: train comes twice"):
+        resolve("train", model="resnet8", dataset="fashion-mini", file=tmp_path / "r.yaml")

@@ -19,6 +19,7 @@ from prunectl.errors import CorruptFile, UnknownName, UsageError
 
 SCHEMA = 1
 LATEST = 2**62  # of stamps, in ns: 146 years after the clock's start
+KINDS = ("refresh", "idle", "load", "train")
 MOST = 1e6  # of any setting: more is a slip of the finger (12 days of repeats or seconds)
 T = TypeVar("T")
 
@@ -288,7 +289,17 @@ class RawBench:
                 raise ValueError(f"a {window.kind} window from {window.start_ns} to {window.end_ns} ns")
             if window.kind in ("load", "train") and (window.artifact is None or not window.latency_ns or window.end_ns == window.start_ns):
                 raise ValueError(f"a {window.kind} window of nothing")
+            if window.kind not in KINDS:
+                raise ValueError(f"a window of kind {window.kind!r}, and there are {', '.join(KINDS)}")
+            if min(window.latency_ns, default=0) < 0:
+                raise ValueError(f"a {window.kind} window with a latency below 0")
+        for kind in ("load", "train"):
+            repeats = [sorted(w.repeat for w in self.windows if w.kind == kind and w.artifact == i) for i in range(len(self.artifacts))]
+            if len({tuple(r) for r in repeats if r}) > 1 or any(len(set(r)) < len(r) for r in repeats):
+                raise ValueError(f"{kind} windows of repeats {' and '.join(map(str, repeats))}")
         known = [artifact.name for artifact in self.artifacts]
+        if len({(a.name, a.kind) for a in self.artifacts}) < len(known):  # what is run and what is trained of one network share its name
+            raise ValueError(f"artifacts of one name: {', '.join(known)}")
         if self.training is not None and not {self.training.dense, self.training.ticket} <= set(known):
             raise ValueError(f"a training of {self.training.dense} and {self.training.ticket}, and artifacts {known}")
 
@@ -305,7 +316,10 @@ class RawBench:
             raise UsageError(f"{path}: {error.strerror}; expected the raw.json of a bench.") from None
         except ValueError as error:
             raise CorruptFile(f"{path} is not JSON ({error}); expected the raw.json of a bench.") from None
-        return cls.from_dict(raw, source=str(path))
+        bench = cls.from_dict(raw, source=str(path))
+        if not any(window.kind in ("load", "train") for window in bench.windows):
+            raise CorruptFile(f"{path} is no raw bench record: it has no window of inference or training.")
+        return bench
 
 
 @functools.cache

@@ -67,6 +67,11 @@ def pooled(
         for name, of in zip(listing.names, listing.classes, strict=True):
             if of not in number:
                 raise DataMissing(f"{root / name}: its class '{of}' is not among the {len(classes)} classes of the training images.")
+        if lacking := sorted(number.keys() - set(listing.classes)):
+            example = str(Path(listing.names[0]).parts[0])
+            raise DataMissing(
+                f"{root / example} has no images of class '{lacking[0]}', which is among the {len(classes)} classes of the training images."
+            )
     names = np.array([os.fsencode(name) for listing in listings for name in listing.names], dtype=np.bytes_)
     labels = np.array([number[of] for listing in listings for of in listing.classes], dtype=np.int64)
     ends = np.cumsum([len(listing.names) for listing in listings])

@@ -138,9 +138,13 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
         raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")
     for share in s.sparsity:
         require_share(session.state.model, share, s)
+    changed = {name for name, field in Sfw.model_fields.items() if getattr(s, name) != field.default}
     for flag, given, reader in (
         ("--sfw-init", s.sfw_init and s.constraint == "none", "any set, and there is none"),
         ("--k-fraction", s.k_fraction is not None and s.constraint not in DEFAULT_K_FRACTION, f"{', '.join(DEFAULT_K_FRACTION)}"),
+        ("--tau", "tau" in changed and s.constraint == "none", "any set, and there is none"),
+        ("sfw.p", "p" in changed and s.constraint != "lp", "lp"),
+        ("sfw.channels", "channels" in changed and s.constraint != "group-k-support", "group-k-support"),
     ):
         if given:
             ui.warn(f"{flag} does nothing with constraint {s.constraint}: it is for {reader}")

@@ -320,7 +320,7 @@ def test_small_images_that_exceed_memory_stay_files_with_the_same_pixels(tmp_pat
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize("build", ["nothing", "flat train", "no val", "empty class", "strange class", "a file"])
+@pytest.mark.parametrize("build", ["nothing", "flat train", "no val", "empty class", "strange class", "lacking class", "a file"])
 def test_other_layouts_are_data_missing(tmp_path, build):
     root = tmp_path / "set"
     root.mkdir()
@@ -335,6 +335,9 @@ def test_other_layouts_are_data_missing(tmp_path, build):
     elif build == "strange class":
         write_folder(root, {"train": 2, "val": 1})
         save(root / "val" / "bird" / "0.png", (8, 8), seed=0)
+    elif build == "lacking class":
+        write_folder(root, {"train": 2, "val": 1})
+        save(root / "train" / "bird" / "0.png", (8, 8), seed=0)
     elif build == "a file":
         root = root / "x.txt"
         root.write_text("")
@@ -348,6 +351,7 @@ def test_other_layouts_are_data_missing(tmp_path, build):
         "no val": "no labelled images",
         "empty class": "bird holds no images",
         "strange class": "'bird' is not among the 2",
+        "lacking class": "val has no images of class 'bird'",
         "a file": "is a file",
     }
     assert says[build] in message

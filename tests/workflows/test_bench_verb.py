@@ -185,6 +185,23 @@ def test_no_joules_without_a_sensor_to_trust(trained, tmp_path, spoil, words):
     assert words in last["reason"] and last["mj_per_step"] is None and last["ms_per_step"] > 0
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda raw: raw.update(windows=[]), "no window of inference"),
+        (lambda raw: raw["artifacts"][1].update(name=raw["artifacts"][0]["name"]), "artifacts of one name"),
+        (lambda raw: raw["windows"][-1].update(kind="foo"), "kind 'foo'"),
+        (lambda raw: next(w for w in raw["windows"] if w["kind"] == "load").update(repeat=99), "load windows of repeats"),
+        (lambda raw: next(w for w in raw["windows"] if w["kind"] == "load")["latency_ns"].append(-1), "below 0"),
+    ],
+)
+def test_a_damaged_record_is_refused(trained, tmp_path, spoil, words):
+    raw = json.loads(Path(trained["raw"]).read_text())
+    spoil(raw)
+    (tmp_path / "raw.json").write_text(json.dumps(raw))
+    prunectl("bench", "--device", f"replay:{tmp_path / 'raw.json'}").refused(4, words)
+
+
 @pytest.mark.parametrize("network", ["dense", "compact"])
 def test_a_training_total_needs_both_networks(run, trained, network):
     total = measured(run / network, *SWIFT, "--train", "--set", "bench.train_steps=1")["train_total_j"]

@@ -280,6 +280,10 @@ def test_what_does_nothing_or_leaves_nothing_is_said(tmp_path):
     said = prunectl(*TINY, *odd, "--out", tmp_path, "--json").document["warnings"]
     assert any("--k-fraction does nothing with constraint lp" in w for w in said)
     assert any("more weights at zero" in w for w in said)
+    idle = ("--tau", "3", "--set", "sfw.p=3", "--set", "sfw.channels=0.5", "--constraint")
+    for constraint, flags in (("none", {"--tau", "sfw.p", "sfw.channels"}), ("nm", {"sfw.p", "sfw.channels"})):
+        said = prunectl(*TINY, *idle, constraint, "--out", tmp_path, "--dry-run", "--json").document["warnings"]
+        assert {w.partition(" does nothing")[0] for w in said if "does nothing" in w} == flags
 
 
 def test_a_share_of_no_channel_is_refused_before_training_and_one_out_of_reach_is_said(tmp_path):
