@@ -103,9 +103,8 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
 
 
 def _why_none(session: Session, search: Search) -> str:
-    epochs = session.recipe.train.epochs
-    at, seen = search.fires_at.get(search.deciding), search.readings[search.deciding]
-    name = search.deciding
+    name, epochs = search.deciding, session.recipe.train.epochs
+    at, seen = search.fires_at.get(name), search.readings[name]
     if at is not None and seen[-1].fires:
         return f"the {name} detector fired only at the end of {epochs} epochs, with nothing left to train a ticket; train for longer"
     if at is not None:

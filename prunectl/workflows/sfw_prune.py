@@ -138,7 +138,7 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
         raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")
     for share in s.sparsity:
         require_share(session.state.model, share, s)
-    changed = {name for name, field in Sfw.model_fields.items() if getattr(s, name) != field.default}
+    changed = {name for name in ("tau", "p", "channels") if getattr(s, name) != Sfw.model_fields[name].default}
     for flag, given, reader in (
         ("--sfw-init", s.sfw_init and s.constraint == "none", "any set, and there is none"),
         ("--k-fraction", s.k_fraction is not None and s.constraint not in DEFAULT_K_FRACTION, f"{', '.join(DEFAULT_K_FRACTION)}"),

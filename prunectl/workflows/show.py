@@ -39,8 +39,8 @@ def show(path: Path, ui: Console, *, why: str | None = None) -> dict[str, Any]:
         ["layer", "outputs x inputs before", "after", "parameters"],
         [[r["layer"], "x".join(map(str, r["before"])), "x".join(map(str, r["after"])), si(r["params"])] for r in layers],
     )
-    ui.say(f"parameters {saved.plan['params']:,}, MACs an image {saved.plan['macs']:,}, FLOPs {2 * saved.plan['macs']:,}")
     plan = saved.plan
+    ui.say(f"parameters {plan['params']:,}, MACs an image {plan['macs']:,}, FLOPs {2 * plan['macs']:,}")
     result: dict[str, Any] = {"schema": 1, "verb": "show", "run": plan["parent"], "outcome": "shown"}
     result |= {"model": plan["model"]["name"], "dataset": plan["data"]["name"], "path": str(saved.path), "layers": layers}
     result |= {k: plan[k] for k in ("params", "macs")} | _whose(run)
