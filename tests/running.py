@@ -51,11 +51,11 @@ class Outcome:
 
 def prunectl(*argv: object) -> Outcome:
     """One command in this process."""
-    from prunectl.cli import _run
+    from prunectl.cli.process import run
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = _run([str(a) for a in argv])
+        code = run([str(a) for a in argv])
     return Outcome(code, out.getvalue(), err.getvalue())
 
 
@@ -89,9 +89,9 @@ def _child(argv: list[str], log: str, die_at_write: int) -> None:
     os.dup2(file, 2)
     if die_at_write:
         _die_at(die_at_write)
-    from prunectl.cli import _run
+    from prunectl.cli.process import run
 
-    code = _run(argv)
+    code = run(argv)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -239,7 +239,7 @@ def test_refusals_come_before_torch():
     """Names and values are checked in well under the seconds that importing torch takes."""
     started = time.monotonic()
     assert installed(*FIND, "--sparsity", "2").code == 2
-    code = "import sys; from prunectl.cli import _run; _run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    code = "import sys; from prunectl.cli.process import run; run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     for argv in ([*FIND, "--sparsity", "2"], [*FIND, "--criterion", "x"], ["train", "resnet9", "mnist"]):
         assert subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, timeout=60).returncode == 0, argv
     assert time.monotonic() - started < 60

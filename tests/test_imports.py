@@ -32,7 +32,7 @@ MAY_IMPORT = {
 DOORS = {
     "typer": {"cli"},
     "click": {"cli"},
-    "rich": {"cli", "console"},
+    "rich": {"console"},
     "yaml": {"recipe"},
     "pydantic": {"recipe", "bench/records"},
     "torch_pruning": {"pruning/surgery"},
@@ -100,7 +100,7 @@ def test_nothing_unpickles():
 @pytest.mark.parametrize("argv", [["--help"], ["list"], ["list", "models"], ["train", "--help"], ["find-ticket", "--help"], ["--version"]])
 def test_help_and_lists_import_no_torch(argv):
     code = (
-        "import sys; from prunectl.cli import _run; status = _run(sys.argv[1:]);"
+        "import sys; from prunectl.cli.process import run; status = run(sys.argv[1:]);"
         "heavy = {'torch', 'torchvision', 'numpy', 'onnx', 'onnxruntime', 'matplotlib'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
@@ -111,7 +111,7 @@ def test_help_and_lists_import_no_torch(argv):
 
 def test_a_recipe_is_resolved_and_printed_without_torch():
     code = (
-        "import sys; from prunectl.cli import _run; status = _run(['find-ticket', 'resnet8', 'fashion-mini', '--print-recipe']);"
+        "import sys; from prunectl.cli.process import run; status = run(['find-ticket', 'resnet8', 'fashion-mini', '--print-recipe']);"
         "sys.exit('imported torch' if 'torch' in sys.modules else status)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
