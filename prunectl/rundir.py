@@ -15,8 +15,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,10 @@ def find(path: Path) -> RunDir:
     return run
 
 
-def discard_if_empty(run: RunDir) -> None:
-    """Removes a run folder in which nothing was written but its lock."""
+def discard_if_empty(run: RunDir, made_for_it: Sequence[Path] = ()) -> None:
+    """Removes a run folder in which nothing was written but its lock, and then, innermost first, what folders were made for it."""
     if run.path.is_dir() and {p.name for p in run.path.iterdir()} <= {".lock"}:
         shutil.rmtree(run.path, ignore_errors=True)
+        with suppress(OSError):  # by now another run's
+            for folder in made_for_it:
+                folder.rmdir()

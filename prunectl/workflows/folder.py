@@ -52,6 +52,7 @@ def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
             raise RunFolderError("the first process refused the run folder")
         yield RunDir(options.out / recipe.run_name, replaced=options.overwrite)
         return
+    made = [folder for folder in (options.out, *options.out.parents) if not folder.exists()]
     with ExitStack() as held:
         try:
             run = held.enter_context(opened(options.out, recipe.run_name, resume=options.resume, overwrite=options.overwrite))
@@ -59,7 +60,7 @@ def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
             dist.told(False)
             raise
         dist.told(True)
-        held.callback(discard_if_empty, run)  # refused before anything began: leave no folder behind
+        held.callback(discard_if_empty, run, made)  # refused before anything began: leave no folder behind
         yield run
 
 
