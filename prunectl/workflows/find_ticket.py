@@ -82,6 +82,7 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
         detectors=search.record(),
         accuracy={
             **points,
+            **({"draws": len(ticket["draws"])} if ticket and len(ticket["draws"]) > 1 else {}),
             "final": final.top1 if final else None,
             "final_top5": final.top5 if final else None,
             "split": recipe.data.final,
@@ -147,12 +148,13 @@ def _write_search(session: Session, search: Search) -> None:
 
 def show(result: dict[str, Any], ui: Console) -> None:
     a, found = result["accuracy"], result["outcome"] == "found"
+    several = a.get("draws", 1) > 1
     ui.table(
         f"{result['model']} on {result['dataset']}",
-        ["", "dense", "ticket"],
+        ["", "start" if result.get("start") else "dense", "ticket"],
         [
-            ["validation at the draw, %", _two(a["dense_at_draw"]), None],
-            ["  right after pruning, %", None, _two(a["raw"])],
+            [f"validation at the {'first ' if several else ''}draw, %", _two(a["dense_at_draw"]), None],
+            [f"  right after {'the last ' if several else ''}pruning, %", None, _two(a["raw"])],
             ["  batch norm re-calibrated, %", None, _two(a["bn_recalibrated"])],
             [f"{a['split']} after training on, %", None if found else _two(a["final"]), _two(a["final"]) if found else None],
             ["parameters", si(result["params"]["dense"]), si(result["params"]["ticket"]) if found else None],

@@ -135,6 +135,7 @@ class Session:
             "model": self.recipe.model.name,
             "dataset": self.recipe.data.name,
             "seed": self.recipe.seed,
+            **({"start": self.recipe.start} if self.recipe.start else {}),
             "wall_s": round(self.wall_s, 3),
             "versions": versions(),
             **fields,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -266,6 +267,16 @@ def test_train_from_a_ticket_trains_the_small_network(found, tmp_path):
     document = prunectl(*argv).document
     assert document["params"] == result_of(found[0])["params"]["ticket"]
     assert sum(p.numel() for p in package.load(document["saved"]).parameters()) == document["params"]
+
+
+def test_several_draws_from_a_saved_network_are_told_as_such(found, tmp_path):
+    """What was given is called the start, not dense; of several draws, the first and the last are named."""
+    twice = ("--detector", "epoch:0", "--set", "ticket.draws=2", "--set", "ticket.draw_every=0.25", "--sparsity", "0.2")
+    done = prunectl(*FIND, "--epochs", 1, "--from", found[0] / "dense", *twice, "--out", tmp_path)
+    result = result_of(only_run(tmp_path))
+    assert done.code == 0 and result["start"] == str((found[0] / "dense").resolve()) and result["accuracy"]["draws"] == 2
+    assert re.search(r"^ +start +ticket", done.out + done.err, re.M)
+    assert all(words in done.out + done.err for words in ("validation at the first draw", "right after the last pruning"))
 
 
 def test_epochs_0_keeps_the_starting_point_bit_for_bit(found, tmp_path):
