@@ -17,6 +17,7 @@ from prunectl.rundir import RunDir, discard_if_empty, opened
 from prunectl.training import checkpoint
 from prunectl.training.loop import Diverged
 from prunectl.training.precision import place
+from prunectl.workflows.provenance import changed
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ def _opened(recipe: Recipe, options: Options) -> Iterator[RunDir]:
 def from_disk(run: RunDir, ui: Console) -> dict[str, Any]:
     """The result of a finished run."""
     result = run.read_result()
+    for file in changed(run):
+        ui.warn(f"{file} has changed since {run.path} was made: this is the result with the other; --overwrite runs it again")
     ui.say(f"{run.path} is finished: this is its result; --overwrite would run it again")
-    return result
+    return {**result, "warnings": [*result["warnings"], *ui.warnings]}
 
 
 def _saved_epoch(run: RunDir) -> int | None:

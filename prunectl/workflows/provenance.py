@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 from prunectl import dist
+from prunectl.files import sha256
+from prunectl.recipe import Recipe
+from prunectl.rundir import RunDir, read_json
+from prunectl.training import compactmodel
 from prunectl.training.precision import Placement
 
 
@@ -43,3 +47,18 @@ def commit() -> str | None:
         return (head.parent / text[5:]).read_text(encoding="utf-8").strip() if text.startswith("ref: ") else text
     except OSError:
         return None
+
+
+def made_from(recipe: Recipe) -> dict[str, str]:
+    """Files that a recipe only names and a run is made from, each with its sha256 as it is now: a user's network, the start's plan."""
+    file, _, _ = recipe.model.name.rpartition(":")
+    files = [Path(file)] if file else []
+    if recipe.start:
+        files.append(compactmodel.locate(Path(recipe.start)) / compactmodel.PLAN)
+    return {str(f): sha256(f) for f in files}
+
+
+def changed(run: RunDir) -> list[str]:
+    """Those of the files that `run` was made from which are others by now."""
+    recorded = read_json(run.info).get("made_from", {}) if run.info.is_file() else {}
+    return [f for f, digest in recorded.items() if Path(f).is_file() and sha256(Path(f)) != digest]

@@ -30,7 +30,7 @@ from prunectl.training.precision import Placement, place
 from prunectl.training.schedule import learning_rate
 from prunectl.versions import versions
 from prunectl.workflows.folder import Options
-from prunectl.workflows.provenance import commit, hardware
+from prunectl.workflows.provenance import changed, commit, hardware, made_from
 
 EVAL_BATCH = 500
 
@@ -195,8 +195,11 @@ def record(session: Session) -> None:
         return
     if session.run.replaced:
         clear(session.run)
+    for file in changed(session.run) if session.resume else []:
+        session.ui.warn(f"{file} is not what it was when this run began: its epochs so far were trained with the other")
     hard = hardware(session.place)
     info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": commit()}
+    info["made_from"] = made_from(session.recipe)
     write_text(session.run.recipe, session.recipe.to_yaml())  # first: it marks the folder as a run
     write_json(session.run.info, info)
     point_latest(session.run)

@@ -286,7 +286,9 @@ def test_a_users_network_that_changed_meanwhile(tmp_path):
     assert forked(*argv, log=tmp_path / "log", die_at_write=12).code == 137
     file.write_text(NETWORK.replace("CHANNELS", "12"))
     failed = prunectl(*argv, "--resume")
-    assert failed.code == 2 and "do not fit" in failed.err and "--overwrite" in failed.err and failed.err.count("\n") == 1
+    assert (
+        failed.code == 2 and "do not fit" in failed.err and "--overwrite" in failed.err and failed.err.count("\n") == 2
+    )  # a warning before it
 
 
 def test_an_unfinished_run_asks_what_to_do_and_overwrite_begins_again(undisturbed, tmp_path):
@@ -294,6 +296,19 @@ def test_an_unfinished_run_asks_what_to_do_and_overwrite_begins_again(undisturbe
     prunectl(*_command("train", tmp_path)).refused(2, "unfinished", "--resume", "--overwrite")
     assert prunectl(*_command("train", tmp_path, "--overwrite")).code == 0
     _must_equal(run, undisturbed["train"])
+
+
+def test_a_network_that_changed_under_a_finished_or_fitting_run_is_noticed(tmp_path):
+    """A finished run has the result of what was in the file, an unfinished one was trained with it."""
+    file = tmp_path / "nets.py"
+    file.write_text(NETWORK.replace("CHANNELS", "8"))
+    argv = ("train", f"{file}:net", "fashion-mini", "--epochs", 1, "--set", "data.train_images=100", "--out", tmp_path / "runs")
+    assert prunectl(*argv).code == 0 and "changed" not in prunectl(*argv).err
+    file.write_text(NETWORK.replace("CHANNELS", "8") + "# another line")
+    again = prunectl(*argv, "--json")
+    assert again.code == 0 and "--overwrite runs it again" in again.err and any(str(file) in w for w in again.document["warnings"])
+    (only_run(tmp_path / "runs") / "result.json").unlink()
+    assert "is not what it was when this run began" in prunectl(*argv, "--resume").err
 
 
 def test_a_finished_run_answers_from_disk(undisturbed):
