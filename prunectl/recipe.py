@@ -87,7 +87,7 @@ class Train(_Section):
 
 
 class Ticket(_Section):
-    sparsity: float | None = Field(None, gt=0, lt=1, description="share of the channels that may go to remove")
+    sparsity: float | None = Field(None, gt=0, lt=1, description="share to remove, of the channels that may go")
     target_macs: float | None = Field(None, gt=0, lt=1, description="share of dense MACs kept")
     target_params: float | None = Field(None, gt=0, lt=1, description="share of dense parameters kept")
     criterion: str = "obs"

@@ -17,7 +17,7 @@ from prunectl.errors import ExitStatus, UsageError
 def find_ticket(
     model: ModelArg,
     dataset: DataArg,
-    sparsity: Annotated[float | None, typer.Option(help="share of the channels that may go to remove (default 0.5)")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="share to remove, of the channels that may go (default 0.5)")] = None,
     target_macs: Annotated[float | None, typer.Option(help="share of dense MACs kept")] = None,
     target_params: Annotated[float | None, typer.Option(help="share of dense parameters kept")] = None,
     criterion: Annotated[
@@ -27,13 +27,15 @@ def find_ticket(
         str | None, typer.Option(help="when: spline (default), early-bird, epi or epoch:N", autocompletion=completion("detectors"))
     ] = None,
     scope: Annotated[str | None, typer.Option(help="layerwise or global (default layerwise)")] = None,
-    eps: Annotated[float | None, typer.Option(help="distance below which the partition counts as settled")] = None,
-    window: Annotated[int | None, typer.Option(help="how many past probes must be that near")] = None,
-    probe: Annotated[str | None, typer.Option(help="batch (training images) or canvas (a plane through two)")] = None,
-    weights: Annotated[str | None, typer.Option(help="inherit, reinit or rewind:E")] = None,
-    repair: Annotated[str | None, typer.Option(help="what stands in for removed channels: none, merge or reconstruct")] = None,
+    eps: Annotated[
+        float | None, typer.Option(help="distance below which it counts as settled (default by detector: 0.16, early-bird 0.1, epi 0.017)")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="how many past looks must be that near (default 3; early-bird and epi 5)")] = None,
+    probe: Annotated[str | None, typer.Option(help="batch (training images, default) or canvas (a plane through two)")] = None,
+    weights: Annotated[str | None, typer.Option(help="inherit (default), reinit or rewind:E")] = None,
+    repair: Annotated[str | None, typer.Option(help="what stands in for removed channels: none, merge or reconstruct (default)")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="the same as --repair merge")] = False,
-    round_to: Annotated[str | None, typer.Option(help="auto, or a multiple for every width")] = None,
+    round_to: Annotated[str | None, typer.Option(help="auto (default), or a multiple for every width")] = None,
     keep: Annotated[str | None, typer.Option(metavar="REGEX", help="layers that keep all channels")] = None,
     search_only: Annotated[bool | None, typer.Option("--search-only", help="stop after the draw")] = None,
     start: Annotated[

@@ -33,10 +33,10 @@ class Training:
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override one setting, e.g. train.lr=0.05 (repeatable)")
     ] = None
-    epochs: Annotated[int | None, typer.Option(help="length of the schedule")] = None
+    epochs: Annotated[int | None, typer.Option(help="length of the schedule (default: the recipe's)")] = None
     seed: Annotated[int | None, typer.Option(help="of weights, order and augmentation (default 0)")] = None
     device: DeviceOpt = "auto"
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16")] = None
+    precision: Annotated[str | None, typer.Option(help="auto (default), fp32, bf16 or fp16")] = None
     data_dir: DataDirOpt = None
     out: OutOpt = Path("runs")
     workers: Annotated[int | None, typer.Option(help="processes that read image files")] = None

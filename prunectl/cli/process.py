@@ -18,6 +18,7 @@ from prunectl.errors import ExitStatus, PrunectlError
 
 # ClickException: typer brings its own click or the system's, by version
 ParseError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[2])
+TRAINING = ("train", "find-ticket", "sfw-prune")  # verbs that go on where they were ended
 
 
 def main() -> None:
@@ -70,7 +71,8 @@ def run(argv: list[str]) -> int:
     except OSError as e:
         place = f" at {e.filename}" if e.filename else ""
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _complain(argv, f"the disk is full{place}: free some space, then the same command with --resume", ExitStatus.USAGE)
+            again = " with --resume" if argv[0] in TRAINING else " again"
+            return _complain(argv, f"the disk is full{place}: free some space, then give the same command{again}", ExitStatus.USAGE)
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             return _complain(argv, f"no permission to write{place}: choose another folder with --out", ExitStatus.USAGE)
         return _unforeseen(argv, e)

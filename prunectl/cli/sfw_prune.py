@@ -22,7 +22,9 @@ def sfw_prune(
             autocompletion=completion("constraints"),
         ),
     ] = None,
-    k_fraction: Annotated[float | None, typer.Option(help="share of a tensor's entries (filters, for group-k-support) in a vertex")] = None,
+    k_fraction: Annotated[
+        float | None, typer.Option(help="share of a tensor's entries in a vertex (default 0.05; group-k-support: filters, 0.25)")
+    ] = None,
     tau: Annotated[float | None, typer.Option(help="diameter of every set in twice the tensor's first norm (default 15)")] = None,
     n: Annotated[int | None, typer.Option(help="of N:M (default 2); given, the accuracy at N:M is measured")] = None,
     m: Annotated[int | None, typer.Option(help="of N:M (default 4); given, the accuracy at N:M is measured")] = None,
@@ -30,7 +32,7 @@ def sfw_prune(
     sparsity: Annotated[
         list[float] | None, typer.Option(help="share of weights removed (repeatable; default 18 shares, 0.1 to 0.99)")
     ] = None,
-    scope: Annotated[str | None, typer.Option(help="what is ranked: weights, or all parameters as published")] = None,
+    scope: Annotated[str | None, typer.Option(help="what is ranked: weights (default), or all parameters as published")] = None,
     bn_recal: Annotated[int | None, typer.Option(metavar="N", help="batches of 100 images for batch norm (default 100, 0: none)")] = None,
     start: StartOpt = None,
     *,

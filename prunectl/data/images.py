@@ -54,7 +54,7 @@ def fitted(images: Tensor, size: int, fit: str) -> Tensor:
         return images
     if fit == "pad":
         if gap < 0:
-            raise UsageError(f"images of {images.shape[-1]} pixels cannot be padded to {size}: use data.fit=resize.")
+            raise UsageError(f"images of {images.shape[-1]} pixels cannot be padded to {size}; fit='resize' shrinks them.")
         near, far = gap // 2, gap - gap // 2
         return F.pad(images, (near, far, near, far))
     resized = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=gap < 0)

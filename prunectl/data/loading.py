@@ -79,7 +79,8 @@ def load(
         raise UsageError(f"data.augment = imagenet: {source.name} has no photos larger than its {source.image_size} pixels; use crop-flip.")
     if fit == "pad" and size < source.image_size and not source.photos:
         raise UsageError(
-            f"data.image_size = {size}: {source.name}'s images of {source.image_size} pixels cannot be padded to it; use data.fit=resize."
+            f"data.image_size = {size}: {source.name}'s images of {source.image_size} pixels cannot be padded to it;"
+            " fit='resize' shrinks them."
         )
 
     missing = None
@@ -109,7 +110,7 @@ def load(
     )
     processes = default_workers() if workers is None else workers
     if processes < 0:
-        raise UsageError(f"data.workers = {processes}: must be 0 or more.")
+        raise UsageError(f"workers = {processes}: must be 0 or more.")
     in_memory = isinstance(raw.pool, MemoryPool) or processes == 0
     return Dataset(info, splits, partial(in_process, view) if in_memory else WorkerStream(view, processes), missing)
 

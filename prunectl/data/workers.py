@@ -66,7 +66,7 @@ class WorkerStream:
             self._alive.remove(loader)
             raise UsageError(
                 "a data-loading process died, most often for want of memory or shared memory: "
-                "set data.workers=0, or give the container more (docker run --shm-size=8g)."
+                "add --workers 0, or give the container more (docker run --shm-size=8g)."
             ) from problem
         finally:
             if loader in self._alive:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunectl.console import Console, si
+from prunectl.errors import Interrupted
 from prunectl.recipe import Recipe, resolve
 from prunectl.rundir import RunDir
 from prunectl.workflows.bench import Request as Bench
@@ -23,6 +24,13 @@ MODEL, DATASET = "resnet8", "fashion-mini"
 
 def demo(options: Options, ui: Console) -> dict[str, Any]:
     """Trains resnet8 dense, finds and trains its ticket on the same schedule, exports both and times them; all of it resumes."""
+    try:
+        return _demo(options, ui)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(f"interrupted: what is done is kept in {options.out}; the same command goes on from there") from None
+
+
+def _demo(options: Options, ui: Console) -> dict[str, Any]:
     ui.say(f"1/4  prunectl train {MODEL} {DATASET}")
     dense = train(*_resuming("train", options), ui)
     ui.say(f"2/4  prunectl find-ticket {MODEL} {DATASET}")

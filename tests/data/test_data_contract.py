@@ -186,7 +186,7 @@ def test_limited_batches_mix_the_classes_of_a_folder(tmp_path):
         ({"fit": "padd"}, UnknownName, "did you mean pad"),
         ({"augment": "crop-flop"}, UnknownName, "did you mean crop-flip"),
         ({"augment": "imagenet"}, UsageError, "use crop-flip"),
-        ({"image_size": 24}, UsageError, "data.fit=resize"),
+        ({"image_size": 24}, UsageError, "fit='resize'"),
         ({"image_size": 0}, UsageError, "image_size = 0"),
         ({"val_fraction": 1.0}, UsageError, "val_fraction = 1.0"),
         ({"train_images": 9001}, UsageError, "9000 images"),
