@@ -32,11 +32,13 @@ from subprocess import DEVNULL, PIPE, STDOUT, Popen, SubprocessError, TimeoutExp
 PROTOCOL = 1
 MARK = "prunectl-agent:"  # opens every line of `serve`; a login banner has none
 DEFAULTS = {
-    "protocol": PROTOCOL, "models": [], "train": [], "build_only": False, "precision": "fp16", "sparsity": "disable", "spin_wait": False,
-    "workspace_mb": 1024, "warmup_s": 5.0, "duration_s": 60.0, "iterations": 200, "repeats": 5, "idle_s": 30.0, "period_ms": 50.0,
-    "refresh_probe_s": 5.0, "build_timeout_s": 1800.0, "slack_s": 60.0, "root": None, "trtexec": None, "train_python": None,
+    "protocol": PROTOCOL, "models": [], "train": [], "trainer": None, "build_only": False, "precision": "fp16", "sparsity": "disable",
+    "spin_wait": False, "workspace_mb": 1024, "warmup_s": 5.0, "duration_s": 60.0, "iterations": 200, "repeats": 5, "idle_s": 30.0,
+    "period_ms": 50.0, "refresh_probe_s": 5.0, "build_timeout_s": 1800.0, "slack_s": 60.0, "root": None, "trtexec": None,
+    "train_python": None,
 }  # fmt: skip
 WHOLE_MODULE = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0", "package-0")  # read first, so its stamp is the truest
+RAIL = ("name", "unit", "wrap", "step_mw")
 TEGRASTATS_RAIL = re.compile(r"\b([A-Z][A-Z0-9_]*) (\d+)(mW)?/\d+(?:mW)?(?= |$)")  # NAME current/average, mW
 
 
@@ -62,8 +64,8 @@ def read_text(path):
 
 
 def read_number(path):
-    number = re.match(r"-?\d+$", read_text(path))
-    return int(number.group(0)) if number else None
+    text = read_text(path)
+    return int(text) if re.match(r"-?\d+$", text) else None
 
 
 def find(root, *patterns):
@@ -84,11 +86,8 @@ def write(path, record):
 
 
 def file_sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        for block in iter(lambda: f.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()
 
 
 class Guard(object):
@@ -212,8 +211,14 @@ def read_rail(fds):
     return numbers[0] if len(numbers) == 1 else round(numbers[0] * numbers[1] / 1000.0, 1)  # mV * mA = uW
 
 
+def step_mw(files):
+    """What one bit of a hwmon rail is worth: 40 uV over its shunt (INA3221 data sheet), at the volts of now. None elsewhere."""
+    shunt_uohm = read_number(re.sub(r"/in(\d)_input$", r"/shunt\1_resistor", files[0])) if len(files) == 2 else None
+    return round(40.0 / shunt_uohm * read_number(files[0]), 1) if shunt_uohm else None
+
+
 def discover(root, guard=None):
-    """(source, rails, skipped, reason): the first family of sensors that gives a number; a rail is {name, unit, files, wrap}."""
+    """(source, rails, skipped, reason): the first family of sensors that gives a number; a rail is RAIL and its files."""
     skipped = []
     for source, family in (("ina3221-iio", iio_rails), ("ina3221-hwmon", hwmon_rails), ("rapl", rapl_rails)):
         rails = []
@@ -224,13 +229,15 @@ def discover(root, guard=None):
                 reason = "gives no number" if os.access(files[0], os.R_OK) else "may not be read by this user"
                 skipped.append({"name": name, "reason": "%s %s" % (files[0], reason)})
                 continue
-            wrap = read_number(os.path.join(os.path.dirname(files[0]), "max_energy_range_uj"))
-            rails.append({"name": name, "unit": unit, "files": files, "wrap": wrap})
+            wrap, rail = read_number(os.path.join(os.path.dirname(files[0]), "max_energy_range_uj")), {"name": name, "unit": unit}
+            rails.append(dict(rail, files=files, wrap=wrap, step_mw=step_mw(files)))
         # tegrastats is a program that must be run: under a guard only
         command = tegrastats(root, 100) if guard and source == "ina3221-hwmon" and not rails else None
         if command:
             said, source = run(guard, command, 1.5)[1], "tegrastats"  # it never ends by itself
-            rails = [dict(name=found[0], unit="mW", files=[], wrap=None) for found in TEGRASTATS_RAIL.findall((said or [""])[-1])]
+            rails = [
+                dict(name=found[0], unit="mW", files=[], wrap=None, step_mw=None) for found in TEGRASTATS_RAIL.findall((said or [""])[-1])
+            ]
         if rails:
             rails.sort(key=lambda rail: WHOLE_MODULE.index(rail["name"]) if rail["name"] in WHOLE_MODULE else len(WHOLE_MODULE))
             return source, rails, skipped, None
@@ -381,10 +388,10 @@ def must_run(guard, argv, timeout_s, what, remedy, on_line=None):
 
 
 def trtexec_version(guard, trtexec):
-    """(8, 2, 1) from `[TensorRT v8201]` in the first line of any call; from 10 on the parts have two digits (v100300)."""
+    """(8, 2, 1) from `[TensorRT v8201]` in what any call says; from 10 on the parts have two digits (v100300)."""
     lines = []
     run(guard, [trtexec, "--help"], 60, lambda _, line: lines.append(line))
-    found = re.search(r"\[TensorRT v(\d+)\]", lines[0]) if lines else None
+    found = re.search(r"\[TensorRT v(\d+)\]", "\n".join(lines))
     if not found:
         raise Refused("trtexec", "%s --help does not name its version: is it NVIDIA's? %s" % (trtexec, last_words(lines[:1])))
     n = int(found.group(1))
@@ -442,8 +449,9 @@ class Board(object):
     def cached(self, model):
         """The engine for this file, TensorRT, board and settings, {path, bytes, sha256, command, build_s}: if it is there and whole."""
         path = self.engine_path(model)
-        about = json.loads(read_text(path + ".json") or "null") if os.path.exists(path) else None
-        return dict(about, path=path, bytes=os.path.getsize(path)) if about and about["sha256"] == file_sha256(path) else None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not there, or damaged: it is built again
+            about = json.loads(read_text(path + ".json"))
+            return dict(about, path=path, bytes=os.path.getsize(path)) if about["sha256"] == file_sha256(path) else None
 
     def build(self, model, onnx, say):
         """The model's engine as `cached` describes it, built now unless it is there."""
@@ -465,11 +473,19 @@ class Board(object):
 
     def load_window(self, plan, model, limit_s):
         """{start_ns, end_ns, latency_ns, command} of the inferences after the warm-up, on our own clock."""
-        request, times, started = self.request, os.path.join(self.guard.folder, "times.json"), []
+        request, times, started, takes = self.request, os.path.join(self.guard.folder, "times.json"), [], []
         command = run_command(self.version, self.trtexec, plan, times, request, model.get("shapes"))
-        what, note = "trtexec, timing %s," % model["name"], lambda ns, line: started.append(ns) if "Starting inference" in line else None
+
+        def note(ns, line):
+            started.extend([ns] if "Starting inference" in line else [])
+            takes.extend(int(n) for n in re.findall(r"Created input binding for .* with dimensions (\d+)x", line)[:1])
+
+        what = "trtexec, timing %s," % model["name"]
         write(times, None)  # not the last window's, should trtexec not get to write its own
-        tail = must_run(self.guard, command, limit_s, what, "the batch", note)
+        tail = must_run(self.guard, command, limit_s, what, "the batch or bench.iterations", note)
+        model["batch"] = model["batch"] or (takes or [1])[0]  # by hand: as the file was exported
+        if takes and takes[0] != model["batch"]:
+            raise Refused("batch", "the engine of %s takes %d images a call, not %d" % (model["name"], takes[0], model["batch"]))
         try:  # 8.2 lists the warm-up too
             rows = [row for row in json.loads(read_text(times)) if row["startComputeMs"] >= request["warmup_s"] * 1e3]
             start, end = rows[0]["startComputeMs"], max(row["endComputeMs"] for row in rows)
@@ -480,34 +496,9 @@ class Board(object):
             raise Refused("trtexec", "%s ended well %s; %s" % (what, reason, last_words(tail)))
 
 
-TRAINER = """
-import json, sys, time, torch
-path, job = sys.argv[1], json.loads(sys.argv[2])
-device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-module = torch.jit.load(path, map_location=device).train()
-weights = [p for p in module.parameters() if p.requires_grad]
-before = [p.detach().clone() for p in weights]
-optimizer = torch.optim.SGD(weights, lr=1e-3, momentum=0.9)
-x = torch.randn(*job["input_shape"], device=device)
-y = torch.randint(job["num_classes"], (job["input_shape"][0],), device=device)
-stamps = []
-for _ in range(job["warmup_steps"] + job["steps"] + 1):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    stamps.append(time.monotonic())
-    optimizer.zero_grad()
-    loss = torch.nn.functional.cross_entropy(module(x), y)
-    loss.backward()
-    optimizer.step()
-assert not all(torch.equal(a, b) for a, b in zip(before, weights)), "no weight moved: trace the module in train() mode"
-about = {"loss": float(loss), "torch": torch.__version__, "device": device.type, "threads": torch.get_num_threads()}
-print("RESULT " + json.dumps(dict(about, stamps=stamps[job["warmup_steps"]:])))
-"""
-
-
 def train_window(guard, path, job, request, limit_s):
-    """{start_ns, end_ns, latency_ns: one a step, trainer}: the traced module trained on synthetic data in a process of its own."""
-    command = [request["train_python"] or sys.executable, "-c", TRAINER, path, json.dumps(job)]
+    """{start_ns, end_ns, latency_ns: one a step, trainer}: what request["trainer"] says of the traced module, in a process of its own."""
+    command = [request["train_python"] or sys.executable, "-c", request["trainer"], path, json.dumps(job)]
     tail = must_run(guard, command, limit_s, "training %s" % job["name"], "bench.train_batch (now %d)" % job["input_shape"][0])
     trainer = next((json.loads(line[7:]) for line in tail if line.startswith("RESULT ")), None)
     if trainer is None:
@@ -545,34 +536,36 @@ def bench(request, board, held, files, engines, say):
     if board.rails:
         wait("refresh", "watching the sensor's refresh", fast_s)
         wait("idle", "idle baseline", request["idle_s"])
-    limit_s = request["warmup_s"] + request["duration_s"] + request["slack_s"]
+    limit_s = request["warmup_s"] + max(request["duration_s"], 0.5 * request["iterations"]) + request["slack_s"]  # trtexec does both
     for repeat in range(request["repeats"]):
         for i, model in enumerate(models):
             say("%s, repeat %d of %d" % (model["name"], repeat + 1, request["repeats"]), limit_s)
             keep("load", i, repeat, board.load_window(engines[i]["path"], model, limit_s))
+    repeat = 0
     try:
         for repeat in range(request["repeats"]):
             for i, job in enumerate(jobs, len(models)):
                 limit_s = request["slack_s"] + 10.0 * (job["steps"] + job["warmup_steps"])
                 say("training %s, repeat %d of %d" % (job["name"], repeat + 1, request["repeats"]), limit_s)
                 keep("train", i, repeat, train_window(board.guard, files[job["sha256"]], job, request, limit_s))
-    except Refused as error:
-        train_reason = str(error)
+    except Refused as error:  # whole repeats stay
+        train_reason, windows = str(error), [w for w in windows if w["kind"] != "train" or w["repeat"] < repeat]
     say("collecting the samples", 15)
     time.sleep(max(0.2, 4 * period_ms / 1e3))  # samples on both sides of the last window
     seen, after = sampler.stop(), environment(board.root, board.guard)
     reason = board.reason if seen else "the sampler process died"
-    about = [{"kind": "engine", "precision": request["precision"], "batch": m["batch"], "engine": e} for m, e in zip(models, engines)]
+    precision = request["precision"] if (board.version or (0,)) < (11,) else "as exported"
+    about = [{"kind": "engine", "precision": precision, "batch": m["batch"], "engine": e} for m, e in zip(models, engines)]
     about += [{"kind": "traced", "precision": "fp32", "batch": job["input_shape"][0], "job": job} for job in jobs]
     return {
         "schema": 1, "device": "jetson", "simulated": bool(board.simulated_by), "simulated_by": board.simulated_by,
-        "settings": {name: value for name, value in request.items() if name not in ("models", "train", "protocol")},
+        "settings": {name: value for name, value in request.items() if name not in ("models", "train", "trainer", "protocol")},
         "environment": dict(board.environment, telemetry_after=after["telemetry"], load_1min_after=after["load_1min"]),
         "artifacts": [dict(a, name=m["name"], sha256=m["sha256"]) for a, m in zip(about, models + jobs)],
         "windows": windows, "train_reason": train_reason, "telemetry": seen.get("telemetry", {"t_ns": [], "values": {}}),
         "power": {
             "source": None if reason else board.source, "reason": reason, "period_ms": period_ms,
-            "rails": [] if reason else [{name: rail[name] for name in ("name", "unit", "wrap")} for rail in board.rails],
+            "rails": [] if reason else [{name: rail[name] for name in RAIL} for rail in board.rails],
             "skipped": board.skipped, "sampler": seen.get("sampler"), "t_ns": seen.get("t_ns", []), "values": seen.get("values", {}),
         },
     }  # fmt: skip
@@ -587,16 +580,19 @@ def session(request, work):
     request = dict(DEFAULTS, **request)
     root = os.path.realpath(request["root"] or os.environ.get("PRUNECTL_AGENT_ROOT") or "/")
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "prunectl", "agent")
-    mine, guard = os.path.join(cache, "session-%s-" % os.uname().nodename), None
+    mine, guard = os.path.join(cache, "session-%s-" % os.uname().nodename), None  # a home may be shared with other boards
     with socket.socket(socket.AF_UNIX) as held:
         try:
             held.bind("\0prunectl-agent:" + root)
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
             raise Refused("busy", "another bench is running on this board: wait for it or end it")
         try:
             os.makedirs(cache, exist_ok=True)
             for stale in glob.glob(glob.escape(mine) + "*"):  # of a bench whose guard died too, at a power cut say
-                shutil.rmtree(stale, ignore_errors=True)
+                if stale[len(mine) :].isdigit():
+                    shutil.rmtree(stale, ignore_errors=True)
             os.mkdir(mine + str(os.getpid()))
             guard = Guard(mine + str(os.getpid()))
             return work(request, Board(request, root, cache, guard), held)
@@ -648,7 +644,11 @@ def by_hand(args):
     """A bench of files on this board, or their engines; the record goes to args.out, or to stdout."""
     request = dict({name: value for name, value in vars(args).items() if name in DEFAULTS}, build_only=args.verb == "build")
     paths = {file_sha256(path): path for path in args.onnx}
-    request["models"] = [{"name": os.path.basename(path), "sha256": sha256, "batch": args.batch} for sha256, path in paths.items()]
+    names = [os.path.basename(path) for path in paths.values()]
+    names = [os.fsencode(n).decode("utf-8", "replace") for n in (names if len(set(names)) == len(names) else paths.values())]
+    request["models"] = [{"name": name, "sha256": sha256, "batch": args.batch} for name, sha256 in zip(names, paths)]
+    if args.out and not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
+        raise Refused("output", "-o %s: its folder is not there, or cannot be written to" % args.out)
 
     def work(request, board, held):
         files = {sha256: os.path.join(board.guard.folder, sha256[:20]) for sha256 in paths}  # plain names, whatever the user's are
@@ -663,7 +663,7 @@ def sample_until_eof(args):
     """One line of JSON saying what can be read, then samples until stdin ends, then one line of them."""
     root = os.path.realpath(args.root or "/")
     source, rails, skipped, reason = discover(root)
-    kept = [{name: rail[name] for name in ("name", "unit", "wrap")} for rail in rails]
+    kept = [{name: rail[name] for name in RAIL} for rail in rails]
     print(json.dumps({"source": source, "reason": reason, "rails": kept, "skipped": skipped, "environment": environment(root)}), flush=True)
     print(json.dumps(sample(rails, telemetry_files(root), args.period_ms, 0.0, 0)), flush=True)
 
@@ -677,7 +677,7 @@ def main(argv):
     parser.add_argument("--trtexec", type=os.path.abspath, help="path of trtexec, if it is not where JetPack puts it")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default=DEFAULTS["precision"])
     parser.add_argument("--sparsity", choices=["disable", "enable"], default=DEFAULTS["sparsity"], help="enable: kernels for 2:4 zeros")
-    parser.add_argument("--batch", type=int, default=1, help="images in one inference, as the file was exported")
+    parser.add_argument("--batch", type=int, help="images in one inference; default: as the file was exported")
     parser.add_argument("--spin-wait", action="store_true", help="lower latency, more power")
     for option in ("workspace_mb", "repeats", "warmup_s", "duration_s", "idle_s", "period_ms", "refresh_probe_s"):
         parser.add_argument("--" + option.replace("_", "-"), type=type(DEFAULTS[option]), default=DEFAULTS[option])

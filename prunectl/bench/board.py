@@ -47,13 +47,13 @@ exec(compile(text, "agent.py", "exec"), {"__name__": "__main__", "__file__": "ag
 Say = Callable[[str], None]
 
 
-def agent_path() -> Path:
-    """deploy/agent.py: of this checkout, or as the wheel ships it."""
+def agent_path(name: str = "agent.py") -> Path:
+    """deploy/agent.py, or another file beside it: of this checkout, or as the wheel ships it."""
     package = Path(__file__).resolve().parents[1]
-    for path in (package.parent / "deploy" / "agent.py", package / "_shipped" / "deploy" / "agent.py"):
+    for path in (package.parent / "deploy" / name, package / "_shipped" / "deploy" / name):
         if path.is_file():
             return path
-    raise DeviceUnavailable("deploy/agent.py is missing from this installation of prunectl: install it again.")
+    raise DeviceUnavailable(f"deploy/{name} is missing from this installation of prunectl: install it again.")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def request_of(job: Job, settings: Settings) -> tuple[dict[str, Any], dict[str, 
     files: dict[str, bytes] = {}
     models, train = [], []
     for model in job.models:
-        if model.path.with_name(model.path.name + ".data").exists():
-            raise UsageError(f"{model.path} keeps its weights in a .data file beside it: export it as one file for a board.")
+        if model.weights:
+            raise UsageError(f"{model.path} keeps weights in {model.weights[0].name} beside it: export it as one file for a board.")
         about = _keep(files, model.path.read_bytes())
         models.append(about | {"name": model.name, "batch": model.batch, "shapes": model.shapes})
     if job.train:
@@ -110,6 +110,8 @@ def request_of(job: Job, settings: Settings) -> tuple[dict[str, Any], dict[str, 
         fields = {name: getattr(task, name) for name in ("name", "input_shape", "num_classes", "steps", "warmup_steps")}
         train.append(about | fields)
     plain = {name: value for name, value in dataclasses.asdict(settings).items() if name not in HOST_ONLY}
+    if train:
+        plain["trainer"] = agent_path("trainer.py").read_text(encoding="utf-8")
     return plain | {"protocol": PROTOCOL, "models": models, "train": train}, files
 
 
@@ -201,9 +203,10 @@ class _Agent:
         """The next event, or the next one called `name`. Raises DeviceUnavailable with the agent's reason, or ssh's."""
         self._deadline = time.monotonic() + at_most_s + self._slack_s
         for line in self._lines:
-            if not line.startswith(MARK):
-                continue  # a login banner, say
-            event: Mapping[str, Any] = json.loads(line[len(MARK) :])
+            _, mark, text = line.partition(MARK)
+            if not mark:
+                continue  # a login banner, say; one without an end of line comes before the mark
+            event: Mapping[str, Any] = json.loads(text)
             if event["event"] == "error":
                 said = "".join(c if c.isprintable() else " " for c in event["message"])  # of a program there: what it said may be anything
                 raise DeviceUnavailable(f"{self.where}: {said}.")
@@ -220,6 +223,7 @@ class _Agent:
             data = os.read(self._out, 1 << 20)
             if not data:
                 return
+            self._deadline = max(self._deadline, time.monotonic() + self._slack_s)  # a long line over a slow link
             rest += data
             if b"\n" in data:
                 *lines, tail = bytes(rest).split(b"\n")
@@ -235,7 +239,7 @@ class _Agent:
         stderr = self._stderr.read().decode("utf-8", "replace")
         if self._host and code == 255:
             return f"{self._host}: {ssh.meaning(self._host, stderr)}."
-        if code == 127 or "not found" in stderr:
+        if code == 127:
             return f"{self.where} has no python3: install it there, or name it in bench.python."
         said = [line.strip() for line in stderr.splitlines() if line.strip()]
         return f"{self.where}: the agent ended before it had a result (exit code {code}); {said[-1] if said else 'was it killed?'}."

@@ -13,6 +13,7 @@ import torch
 from prunectl.bench.latency import batch_of, onnx_session, synthetic_input
 from prunectl.bench.records import OnnxModel, Settings
 from prunectl.errors import DeviceUnavailable, UsageError, VerificationFailed
+from prunectl.export import trt_build
 
 Call = Callable[[], object]
 
@@ -61,31 +62,27 @@ def _onnxruntime_runner(model: OnnxModel, settings: Settings, device: torch.devi
     return call, batch_of(session, model.batch), {"runtime": "onnxruntime", "version": ort.__version__}
 
 
+def build_job(model: OnnxModel, settings: Settings) -> dict[str, Any]:
+    """What the engine build is asked for, as `export --trt` would ask (trt_build.configure)."""
+    about = {"workspace_mb": settings.workspace_mb, "sparse": settings.sparsity == "enable", "capabilities": ()}
+    return about | {"precision": precision_of(model, settings), "in_graph": model.typed, "batch": model.batch}
+
+
 def _tensorrt_runner(trt: Any, model: OnnxModel, settings: Settings, device: torch.device) -> tuple[Call, int, dict[str, Any]]:
     torch.cuda.set_device(device)
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
-    explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)  # the only way from 10 on
-    network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+    network = builder.create_network(trt_build.network_flags(trt, in_graph=model.typed))
     parser = trt.OnnxParser(network, logger)  # network must outlive it
     if not parser.parse_from_file(str(model.path)):
         raise VerificationFailed(f"{model.path}: TensorRT {trt.__version__} refuses it: {parser.get_error(0)}")
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_mb << 20)
-    asked = "fp32" if model.precision == settings.precision else settings.precision  # else it stands in the graph
-    wanted = {"fp32": [], "fp16": ["FP16"], "int8": ["INT8", "FP16"]}[asked]
-    for name in wanted:
-        if not hasattr(trt.BuilderFlag, name):
-            raise UsageError(f"TensorRT {trt.__version__} takes precision from the graph: export with --profile gpu, bench with fp32.")
-        config.set_flag(getattr(trt.BuilderFlag, name))
-    if settings.sparsity == "enable":
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    profile, shapes = builder.create_optimization_profile(), {}
-    for i in range(network.num_inputs):
-        node = network.get_input(i)
-        shapes[node.name] = tuple(model.batch if size < 0 and d == 0 else size for d, size in enumerate(node.shape))
-        profile.set_shape(node.name, *[shapes[node.name]] * 3)
-    config.add_optimization_profile(profile)
+    try:
+        trt_build.configure(trt, builder, network, config, build_job(model, settings))
+    except trt_build.Refused as problem:
+        raise UsageError(f"TensorRT {trt.__version__}: {problem}: export with --profile gpu, or bench with fp32.") from None
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    shapes = {n.name: tuple(model.batch if size < 0 and d == 0 else size for d, size in enumerate(n.shape)) for n in inputs}
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise VerificationFailed(f"{model.path}: TensorRT {trt.__version__} built no engine of it; its log says why.")

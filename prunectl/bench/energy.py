@@ -68,17 +68,18 @@ def window_energy_mj(raw: RawBench, window: Window) -> float:
     names = headline(power.rails)
     for name in names:
         if rails[name].unit == "mW":
-            check_alive(raw, name)
+            check_alive(raw, rails[name])
     return sum(rail_energy_mj(power, rails[name], window) for name in names)
 
 
-def check_alive(raw: RawBench, rail: str) -> None:
+def check_alive(raw: RawBench, rail: Rail) -> None:
     """Raises NotMeasured where the rail stood still under load, which a working one does not."""
-    t, values = readings(raw.power, rail)
+    t, values = readings(raw.power, rail.name)
     busy = [w for w in raw.windows if w.kind in ("load", "train")]
     inside = [(t >= w.start_ns) & (t <= w.end_ns) for w in busy]
     before = values[t < min((w.start_ns for w in busy), default=0)]
-    stats.check_alive([(t[i], values[i]) for i in inside], resting=float(before[-1]) if before.size else None)
+    resting = float(before[-1]) if before.size else None
+    stats.check_alive([(t[i], values[i]) for i in inside], resting=resting, step=rail.step_mw)
 
 
 def mean_power_mw(raw: RawBench, window: Window) -> float:
@@ -106,12 +107,12 @@ def refresh_ms(raw: RawBench) -> float:
 
 
 def quantum_mw(raw: RawBench) -> float:
-    """The smallest step the headline sensor shows. Raises NotMeasured."""
+    """The headline sensor's resolution, where the board told it, else the smallest step it shows. Raises NotMeasured."""
     names = headline(raw.power.rails)
     rail = next(r for r in raw.power.rails if r.name == names[0])
     if rail.unit != "mW":
         raise NotMeasured("the sensor is a counter")
-    return stats.quantum(readings(raw.power, rail.name)[1])
+    return rail.step_mw or stats.quantum(readings(raw.power, rail.name)[1])
 
 
 def training_total_j(dense_step_mj: float, ticket_step_mj: float, training: Training) -> dict[str, Any]:

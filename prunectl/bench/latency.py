@@ -120,6 +120,17 @@ def onnx_session(model: OnnxModel, providers: list[Any], *, threads: int) -> Any
         raise UsageError(f"{model.path}: ONNX Runtime cannot load it: {str(error).splitlines()[0]}") from None
 
 
+FED: dict[str, Any] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}  # what an image may be, by ONNX Runtime's words
+
+
 def synthetic_input(session: Any, batch: int) -> dict[str, np.ndarray]:
     """One fixed random batch for every input of the session; an open first dimension becomes `batch`. Not zeros: they draw less power."""
     rng = np.random.default_rng(0)
@@ -128,8 +139,10 @@ def synthetic_input(session: Any, batch: int) -> dict[str, np.ndarray]:
         shape = [batch if i == 0 and not isinstance(size, int) else size for i, size in enumerate(node.shape)]
         if not all(isinstance(size, int) for size in shape):
             raise UsageError(f"input {node.name} has the open shape {node.shape}: export the model with a fixed image size.")
-        numbers = rng.standard_normal(shape) if "float" in node.type else rng.integers(0, 256, shape)
-        feed[node.name] = numbers.astype({"tensor(float16)": np.float16, "tensor(uint8)": np.uint8}.get(node.type, np.float32))
+        if node.type not in FED:
+            raise UsageError(f"input {node.name} takes {node.type}: expected images, as one of {', '.join(FED)}.")
+        numbers = rng.standard_normal(shape) if "float" in node.type or "double" in node.type else rng.integers(0, 128, shape)
+        feed[node.name] = numbers.astype(FED[node.type])
     return feed
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -115,17 +116,22 @@ def _setting(name: str, value: Any) -> Any:
 class OnnxModel:
     """A file to time. batch: images in one inference, where the file leaves it open; shapes: trtexec's words for an open input.
 
-    precision: what its graph computes in, where that is known."""
+    precision: what its graph computes in, where that is known; typed: TensorRT is to compute in the graph's types and no others.
+    weights: files beside it that hold some of its tensors."""
 
     path: Path
     name: str
     batch: int = 1
     shapes: str | None = None
     precision: str = "as exported"
+    typed: bool = False
+    weights: tuple[Path, ...] = ()
 
     @property
     def sha256(self) -> str:
-        return files.sha256(self.path)
+        """Of the file, or of the digests of all files that make the network up."""
+        digests = [files.sha256(path) for path in (self.path, *self.weights)]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -150,11 +156,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Rail:
-    """One power sensor. unit mW: power now; uJ: a counter, starting again at `wrap`."""
+    """One power sensor. unit mW: power now; uJ: a counter, starting again at `wrap`. step_mw: its resolution, where that is known."""
 
     name: str
     unit: str
     wrap: int | None = None
+    step_mw: float | None = None
 
 
 @dataclass(frozen=True)

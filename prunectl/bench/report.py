@@ -269,6 +269,11 @@ def _warnings(raw: RawBench) -> list[str]:
         found.append(
             f"short windows ({seconds:.1f} s, {len(w.latency_ns)} inferences): an energy to publish needs 60 s and 1000 inferences"
         )
+    counted = {a.name: sum(len(w.latency_ns) for w in loads if w.artifact == i) for i, a in enumerate(raw.artifacts)}
+    few = {name: n for name, n in counted.items() if 0 < n < 100}
+    if few:
+        counts = ", ".join(f"{name} {n}" for name, n in few.items())
+        found.append(f"p99 is of fewer than 100 inferences ({counts}): it is little more than the largest; raise --duration or --repeats")
     batches = sorted({raw.artifacts[w.artifact].batch for w in loads if w.artifact is not None})
     if len(batches) > 1:
         found.append(f"latency is of a whole batch, and the batches are {' and '.join(map(str, batches))}: compare images a second")

@@ -21,6 +21,7 @@ OPTIONS = {
     "RemoteCommand": "none",
 }
 HOST = re.compile(r"(ssh://)?([A-Za-z0-9_][A-Za-z0-9._\-]*@)?(\[[A-Za-z0-9:.%]+\]|[A-Za-z0-9_][A-Za-z0-9._:%\-]*)")
+HOST_PORT = re.compile(r"[^:]*:\d+")  # which ssh itself takes in its ssh:// form only; of an IPv6 address there are more colons
 
 # What OpenSSH writes to stderr when it ends with 255, and what that means to the user; the first that fits.
 MEANINGS = (
@@ -45,6 +46,8 @@ MEANINGS = (
 
 def checked_host(host: str) -> str:
     """The host as given. Raises UsageError unless it is HOST, USER@HOST or ssh://USER@HOST:PORT in plain characters."""
+    if HOST_PORT.fullmatch(host):
+        raise UsageError(f"host {host!r}: write a port as ssh://{host}, or put it into ~/.ssh/config.")
     if not HOST.fullmatch(host):
         raise UsageError(f"host {host!r} is not of the form USER@HOST: letters, digits and . _ - only, no leading dash.")
     return host

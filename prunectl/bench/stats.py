@@ -95,8 +95,9 @@ def refresh_ms(t_ns: ArrayLike, values: ArrayLike) -> float:
     return float(np.median(runs) * 1e3)
 
 
-def check_alive(windows: Sequence[tuple[ArrayLike, ArrayLike]], *, resting: float | None) -> None:
-    """Raises NotMeasured for a sensor that stopped updating. windows: (t_ns, values) under load; resting: its last value before.
+def check_alive(windows: Sequence[tuple[ArrayLike, ArrayLike]], *, resting: float | None, step: float | None = None) -> None:
+    """Raises NotMeasured for a sensor that stopped updating. windows: (t_ns, values) under load; resting: its last value before;
+    step: the sensor's, where it is known.
 
     Suspicious is a value held for more than 2 s and 20 times longer than usual, by a sensor whose values otherwise move by more
     than three of its steps; a coarse sensor at a steady load holds its value by right. So is a value that load does not change."""
@@ -111,8 +112,9 @@ def check_alive(windows: Sequence[tuple[ArrayLike, ArrayLike]], *, resting: floa
     runs = [held_runs(t, v) for t, v in windows]
     complete = np.concatenate([r[:-1] for r in runs])
     worst, usual = max(float(r.max()) for r in runs if r.size), float(np.median(complete))
-    each = np.concatenate([v[np.diff(v, prepend=np.nan) != 0] for v in series])  # one of every run, so that a long one counts once
-    moves = np.percentile(each, 95) - np.percentile(each, 5) > 3 * quantum(seen)
+    # one of every run, so that a long one counts once, around its window's level: two networks differ more than a sensor moves
+    each = np.concatenate([v[np.diff(v, prepend=np.nan) != 0] - np.median(v) for v in series if v.size])
+    moves = np.percentile(each, 95) - np.percentile(each, 5) > 3 * (step or quantum(seen))
     if moves and worst > max(2.0, 20 * usual):
         raise NotMeasured(f"the sensor held one value for {worst:.1f} s and usually changes every {usual:.2f} s: it stopped updating")
 

@@ -119,7 +119,7 @@ def _exported(network: Path, name: str, profile: str, request: Request, ui: Cons
     target = exporting.target_of(want)
     if not _is_of(network, target):
         exporting.export(want, ui)
-    return OnnxModel(target, name, request.batch or 1, precision=precision)
+    return OnnxModel(target, name, request.batch or 1, precision=precision, typed=chosen.fp16 == "graph")
 
 
 def _is_of(network: Path, file: Path) -> bool:
@@ -229,7 +229,7 @@ def _result(
 def _slower_though_smaller(found: BenchReport, macs: Mapping[str, int]) -> Iterator[str]:
     """What no user expects: fewer MACs, more time. Narrow or odd widths, or many small layers, can do that."""
     for r in found.ratios:
-        fewer = macs.get(r.numerator, 0) < macs.get(r.denominator, 0)
+        fewer = {r.numerator, r.denominator} <= macs.keys() and macs[r.numerator] < macs[r.denominator]
         if r.metric == "latency_ms" and r.differs and r.median > 1 and fewer:
             share = macs[r.numerator] / macs[r.denominator]
             yield (

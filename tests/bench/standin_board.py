@@ -210,6 +210,7 @@ def orin(root: Path) -> Board:
         write(folder / f"in{i}_label", rail)
         write(folder / f"in{i}_input", 5000)
         write(folder / f"curr{i}_input", 300)
+        write(folder / f"shunt{i}_resistor", 5000)  # micro-ohms
     write(folder / "in7_label", "sum of shunt voltages")
     write(folder / "in7_input", 760)
     write(folder / "in4_label", "NC")

@@ -13,15 +13,17 @@ import threading
 import time
 from pathlib import Path
 
+import onnx
 import onnxruntime as ort
 import pytest
 import standin_board
 import torch
 from small_models import onnx_model, train_model
 
-from prunectl.bench import latency
+from prunectl.bench import cuda, latency
 from prunectl.bench.board import agent_path, measure
 from prunectl.bench.devices import devices, parse
+from prunectl.bench.onnxfile import opened
 from prunectl.bench.records import Job, OnnxModel, RawBench, Settings
 from prunectl.bench.report import report
 from prunectl.bench.sampling import GpuEnergyCounter
@@ -271,10 +273,48 @@ def test_real_inference_on_the_board(board, pair, monkeypatch):
     assert 0.25 < dense / statistics.median(times) < 4  # the unit and the file; other programs use this machine too
 
 
-def test_a_model_in_two_files_is_refused_for_a_board(pair):
-    pair[0].path.with_name(pair[0].path.name + ".data").write_bytes(b"weights")
-    with pytest.raises(UsageError, match="export it as one file"):
-        measure(Job(pair), Settings(), host=None, say=quiet)
+def test_a_model_in_two_files(pair, tmp_path):
+    """Measured here, known by both files, refused for a board, and told when one is missing."""
+    file, weights = tmp_path / "split.onnx", tmp_path / "weights.bin"
+    onnx.save_model(onnx.load(str(pair[0].path)), str(file), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = opened(file, "split", None)
+    digest = model.sha256
+    assert model.weights == (weights,) and devices.get("cpu")(Job((model,)), SWIFT, say=quiet).artifacts[0].sha256 == digest
+    with pytest.raises(UsageError, match=r"weights.bin.*export it as one file"):
+        measure(Job((model,)), Settings(), host=None, say=quiet)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    assert model.sha256 != digest
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"weights.bin, which is not beside it"):
+        opened(file, "split", None)
+
+
+@pytest.mark.parametrize(
+    ("graph", "asked", "computes", "typed"),
+    [("fp32", "fp32", "fp32", False), ("fp32", "fp16", "fp16", False), ("fp16", "fp16", "fp16", True), ("fp16", "fp32", "fp16", True)],
+)
+def test_what_a_gpu_is_asked_to_compute_in(tmp_path, graph, asked, computes, typed):
+    """The types of the graph, where it has any but fp32: those that the report names, and TensorRT is held to them."""
+    kind = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16}[graph]
+    ends = [onnx.helper.make_tensor_value_info(name, kind, (1, 3, 2, 2)) for name in "xy"]
+    one = onnx.helper.make_tensor("one", kind, (1,), [1.0])
+    times_one = onnx.helper.make_graph([onnx.helper.make_node("Mul", ["x", "one"], ["y"])], "g", ends[:1], ends[1:], [one])
+    onnx.save(onnx.helper.make_model(times_one), tmp_path / "m.onnx")
+    job = cuda.build_job(opened(tmp_path / "m.onnx", "m", None), Settings(precision=asked))
+    assert (job["precision"], job["in_graph"]) == (computes, typed)
+
+
+@pytest.mark.parametrize(("kind", "fed"), [("DOUBLE", True), ("INT64", True), ("BOOL", False)])
+def test_inputs_of_other_types(tmp_path, kind, fed):
+    ends = [onnx.helper.make_tensor_value_info(name, getattr(onnx.TensorProto, kind), (1, 3, 2, 2)) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    onnx.save(onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)]), tmp_path / "m.onnx")
+    job = Job((opened(tmp_path / "m.onnx", "m", None),))
+    if fed:
+        assert devices.get("cpu")(job, SWIFT, say=quiet).artifacts[0].precision == "fp32"
+    else:
+        with pytest.raises(UsageError, match=r"input x takes tensor\(bool\): expected images"):
+            devices.get("cpu")(job, SWIFT, say=quiet)
 
 
 @pytest.mark.skipif(

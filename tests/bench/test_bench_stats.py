@@ -156,6 +156,28 @@ def test_a_coarse_sensor_at_a_steady_load_is_not_accused():
     stats.check_alive([load(values, 60.0)], resting=1876.0)
 
 
+def test_two_networks_of_different_power_do_not_make_a_coarse_sensor_stuck():
+    rng, windows = np.random.default_rng(3), []
+    for level in (8000, 6500) * 5:
+        t, values = load(np.round((level + rng.normal(0, 6, 1200) + 20 * np.sin(np.linspace(0, 6, 1200))) / 76) * 76, 60.0)
+        windows.append((t + len(windows) * 65 * S, values))
+    stats.check_alive(windows, resting=1900.0)
+    noisy = [(t, v + np.repeat(rng.normal(0, 300, 600), 2)) for t, v in windows]
+    stats.check_alive(noisy, resting=1900.0)
+    noisy[3][1][600:] = noisy[3][1][600]  # half of one window
+    with pytest.raises(NotMeasured, match="stopped updating"):
+        stats.check_alive(noisy, resting=1900.0)
+
+
+def test_a_step_that_is_known_is_the_step():
+    """Volts that flicker make products of volts and amperes differ by less than what one bit of the amperes is worth."""
+    values = np.where((np.arange(1200) < 600) & (np.arange(1200) % 4 < 2), 7016.0, 7000.0)  # flickers for half of the window
+    values[800] = 7000.9
+    with pytest.raises(NotMeasured, match="stopped updating"):
+        stats.check_alive([load(values, 60.0)], resting=1900.0)
+    stats.check_alive([load(values, 60.0)], resting=1900.0, step=40.0)
+
+
 @pytest.mark.parametrize("refresh_s", [0.05, 0.11, 0.45])
 def test_refresh_from_close_watching(refresh_s):
     t = np.arange(0, 5, 0.0103)

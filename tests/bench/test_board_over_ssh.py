@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import standin_board
+from small_models import train_model
 from standin_board import Waveform
 
 from prunectl import files
@@ -44,7 +45,9 @@ def test_two_models_over_ssh(board, sshd, short, tmp_path, dense, monkeypatch):
     said = []
     with sshd(board) as server, board.powered(waves):
         monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
-        banner = ("sh", "-c", 'echo "Welcome to Ubuntu 18.04"; echo; exec "$@"', "sh", standin_board.board_python())
+        # the last thing a login shell says is a title for the terminal, without an end of line
+        greeting = r'echo "Welcome to Ubuntu 18.04"; printf "\033]0;tx2\007"; exec "$@"'
+        banner = ("sh", "-c", greeting, "sh", standin_board.board_python())
         settings = short(repeats=3, refresh_probe_s=0.6, duration_s=1.0, python=banner)
         raw = devices.get("jetson")(Job((dense, hostile)), settings, target="board", say=said.append)
     assert board.leftovers() == []
@@ -222,7 +225,49 @@ def clients(server) -> list[int]:
     return found
 
 
+def test_noise_of_a_login_shell_is_no_missing_python(board, sshd, short, dense, monkeypatch):
+    noisy = ("sh", "-c", 'echo "/home/nvidia/.bashrc: line 118: nvcc: command not found" >&2; exit 3', "sh")
+    with sshd(board) as server:
+        said = refused(server, short(python=noisy), Job((dense,)), monkeypatch)
+    assert "no python3" not in said and "exit code 3" in said
+
+
+def test_a_long_answer_over_a_slow_link_is_waited_for():
+    """A byte now and then is no silence: three seconds of them, where one second of silence is the end."""
+    slow = "import os, time\nos.write(1, b'prunectl-agent:{')\nfor _ in range(30): time.sleep(0.1); os.write(1, b' ')\n"
+    slow += 'os.write(1, b\'"event": "result"}\\n\')'
+    with host_side._Agent([sys.executable, "-c", slow], None, 1.0) as agent:
+        assert agent.event(None)["event"] == "result"
+    with (
+        host_side._Agent([sys.executable, "-c", slow.replace("0.1", "3")], None, 1.0) as agent,
+        pytest.raises(DeviceUnavailable, match="hangs"),
+    ):
+        agent.event(None)
+
+
+def test_training_that_fails_later_costs_no_measurement(board, short, dense, tmp_path, monkeypatch):
+    """Whole repeats of it stay, and the inferences; the unfinished one goes."""
+    trainer, calls = tmp_path / "trainer.sh", tmp_path / "calls"
+    stamps = '{"loss": 1.0, "torch": "1.10", "stamps": [1.0, 1.1, 1.2]}'
+    trainer.write_text(
+        f"#!/bin/sh\necho >> {calls}\n[ $(wc -l < {calls}) -lt 4 ] && echo 'RESULT {stamps}' || {{ echo out of memory; exit 1; }}\n"
+    )
+    trainer.chmod(0o755)
+    for name, value in board.env.items():
+        monkeypatch.setenv(name, value)
+    tasks = (train_model("dense", 8), train_model("pruned", 4))
+    settings = short(repeats=3, train_python=str(trainer), python=(standin_board.board_python(),))
+    raw = host_side.measure(Job((dense,), tasks), settings, host=None, say=quiet)
+    assert [w.repeat for w in raw.windows if w.kind == "train"] == [0, 0] and "ran out of memory" in str(raw.train_reason)
+    assert [w.repeat for w in raw.windows if w.kind == "load"] == [0, 1, 2]
+
+
 # ------------------------------------------------------------------------------------------------------- host names
+
+
+def test_a_port_is_said_as_ssh_takes_it():
+    with pytest.raises(UsageError, match="ssh://nvidia@tx2:2222"):
+        ssh.argv("nvidia@tx2:2222", ["true"])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def infer(flags: dict) -> None:
     stream = latencies_ms(model)
     next(stream)  # loads what must be loaded
     time.sleep(SETTINGS.get("load_s", 0.0))
+    if "batch" in SETTINGS:
+        say("I", f"Created input binding for input with dimensions {SETTINGS['batch']}x3x32x32")
     say("I", "Starting inference")
     act_out("run")
     zero, warm_ms, rows = time.monotonic(), float(flags["warmUp"]), []

@@ -16,6 +16,8 @@ import standin_board
 from standin_board import AGENT, Board, Waveform
 from trtexec_flags import FLAGS
 
+from prunectl.bench.records import RawBench
+
 PYTHON = standin_board.board_python()
 HASTE = ["--warmup-s", "0.1", "--duration-s", "0.2", "--repeats", "1", "--idle-s", "0.1", "--refresh-probe-s", "0.1"]
 
@@ -83,12 +85,14 @@ def _imports(node: ast.AST) -> list[str]:
 def test_vermin_finds_nothing_newer_than_python_36():
     vermin = shutil.which("vermin", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert vermin, "this test needs vermin: pip install -e '.[dev]'"
-    said = subprocess.run([vermin, "-t=3.6-", "--violations", str(AGENT)], capture_output=True, text=True)
+    said = subprocess.run(
+        [vermin, "-t=3.6-", "--violations", str(AGENT), str(AGENT.with_name("trainer.py"))], capture_output=True, text=True
+    )
     assert said.returncode == 0, said.stdout
 
 
-def test_the_trainer_is_python_36_too(agent, tmp_path):
-    (tmp_path / "trainer.py").write_text(agent.TRAINER)
+def test_the_trainer_is_python_36_too(tmp_path):
+    shutil.copy(AGENT.with_name("trainer.py"), tmp_path)
     assert subprocess.run([PYTHON, "-m", "py_compile", str(tmp_path / "trainer.py")]).returncode == 0
 
 
@@ -117,6 +121,65 @@ def test_the_oldest_and_the_newest_tensorrt(board, dense, version):
     raw = bench(board, dense)
     assert raw["environment"]["tensorrt"] == {8201: "8.2.1", 110100: "11.1.0"}[version]
     assert raw["windows"][-1]["latency_ns"][0] == pytest.approx(4e6, rel=0.01)
+
+
+def test_from_tensorrt_11_on_the_file_says_what_it_computes_in(board, dense):
+    board.set_trtexec(version=110100)
+    assert bench(board, dense, "--precision", "int8")["artifacts"][0]["precision"] == "as exported"
+
+
+def test_the_batch_is_what_the_engine_takes(board, dense):
+    board.set_trtexec(version=8601, batch=8)
+    assert bench(board, dense)["artifacts"][0]["batch"] == 8
+    assert "takes 8 images a call, not 4" in refusal(board, dense, "--batch", "4")
+
+
+def test_a_line_before_trtexecs_own(board, dense):
+    text = board.trtexec.read_text().split("\n", 1)
+    board.trtexec.write_text(
+        text[0] + "\nprint('ERROR: ld.so: object from LD_PRELOAD cannot be preloaded: ignored.', flush=True)\n" + text[1]
+    )
+    assert bench(board, dense)["environment"]["tensorrt"] == "8.6.1"
+
+
+def test_files_of_one_name_keep_their_folders(board, tmp_path):
+    paths = [tmp_path / kind / "model.onnx" for kind in ("dense", "compact")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(os.urandom(2000))
+    raw = bench(board, *paths)
+    assert [a["name"] for a in raw["artifacts"]] == list(map(str, paths)) and RawBench.from_dict(raw)
+
+
+def test_a_name_that_is_not_ascii_in_a_locale_that_is(board, tmp_path, monkeypatch):
+    monkeypatch.setenv("LC_ALL", "C")
+    path = tmp_path / "réseau.onnx"
+    path.write_bytes(os.urandom(2000))
+    raw = bench(board, path)
+    assert raw["artifacts"][0]["name"] == "réseau.onnx" and RawBench.from_dict(raw)
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_bench(board, dense, tmp_path):
+    started = time.monotonic()
+    assert "its folder is not there" in refusal(board, dense, "--duration-s", "30", "-o", tmp_path / "results" / "raw.json")
+    assert time.monotonic() - started < 20
+
+
+def test_a_damaged_note_beside_an_engine_has_it_built_again(board, dense):
+    bench(board, dense)
+    (note,) = board.cache.glob("engines/*.plan.json")
+    for damage in ("{", '{"build_s": 1}', "null"):
+        note.write_text(damage)
+        assert not bench(board, dense)["artifacts"][0]["engine"]["cached"]
+    assert bench(board, dense)["artifacts"][0]["engine"]["cached"]
+
+
+def test_another_boards_session_in_a_shared_home_is_left_alone(board):
+    others, mine = (board.cache / f"session-{os.uname().nodename}-{tail}" for tail in ("2-4711", "4711"))
+    others.mkdir(parents=True)
+    mine.mkdir()
+    bench(board)
+    assert others.is_dir() and not mine.exists()
 
 
 def test_tensorrt_7_is_refused(board, dense):
@@ -156,6 +219,7 @@ def test_rails_of_jetpack_5_and_6(tmp_path):
     assert [rail["name"] for rail in raw["power"]["rails"]] == ["VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC"]
     assert raw["power"]["source"] == "ina3221-hwmon"
     assert set(raw["power"]["values"]["VDD_IN"]) == {1500.0}  # 5000 mV * 300 mA
+    assert raw["power"]["rails"][0]["step_mw"] == 40.0  # 40 uV / 5 mOhm = 8 mA at 5 V
 
 
 @pytest.mark.parametrize(
@@ -200,7 +264,7 @@ def test_rapl_of_a_desktop_cpu(board):
     raw = bench(board)
     assert raw["power"]["source"] == "rapl"
     assert [rail["name"] for rail in raw["power"]["rails"]] == ["package-0", "core-0", "package-1", "core-1"]
-    assert raw["power"]["rails"][0] == {"name": "package-0", "unit": "uJ", "wrap": 262143328850}
+    assert raw["power"]["rails"][0] == {"name": "package-0", "unit": "uJ", "wrap": 262143328850, "step_mw": None}
 
 
 def test_no_sensor_is_a_reason_and_not_a_zero(board, dense):
