@@ -42,17 +42,22 @@ class _Trial:
         on_cpu = self.model.source == "file"
         arguments = {"num_classes": self.num_classes, "in_channels": self.in_channels, "image_size": size}
         net = (build if on_cpu else build_without_weights)(str(self.model), **arguments).eval()
-        with torch.device("cpu" if on_cpu else "meta"), torch.no_grad():
+        with torch.device("cpu" if on_cpu else "meta"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             images = torch.zeros(2, self.in_channels, size, size)
             try:
                 with _blame(self.model):
+                    net(images[:1])
                     logits = net(images)
+                    trained = net.train()(images) if on_cpu else logits
             except (RuntimeError, ValueError, AssertionError, TypeError, IndexError, UsageError) as error:
                 return str(error) or type(error).__name__
         expected = (len(images), self.num_classes)
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         if got != expected:
             raise UsageError(f"model {self.model} returned {got} for {len(images)} images; expected logits of shape {expected}")
+        in_training = tuple(trained.shape) if isinstance(trained, torch.Tensor) else type(trained).__name__
+        if in_training != expected:
+            raise UsageError(f"model {self.model} returned {in_training} in training mode; expected logits of shape {expected} there too")
         return ""
 
     def nearest(self, size: int) -> int:

@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from prunectl.errors import PrunectlError, UnknownName, UsageError
 
@@ -27,9 +29,22 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
     with blamed_on(path), _importing_from(path.parent):
         function = _function(path, function_name)
         model = function(**_accepted(function, arguments, name))
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"model '{name}': {function_name} returned {type(model).__name__}; expected a torch.nn.Module")
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"model '{name}': {function_name} returned {type(model).__name__}; expected a torch.nn.Module")
+        if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+            _materialise(model, arguments)
+    known = {*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers(remove_duplicate=False))}
+    if odd := [key for key in model.state_dict() if key not in known]:
+        raise UsageError(f"model '{name}': {odd[0]} is no tensor of the network, and its tensors alone are saved: drop get_extra_state")
     return model
+
+
+def _materialise(model: nn.Module, arguments: dict[str, Any]) -> None:
+    """Lazy layers take their sizes from an image, while the weights still depend on the seed alone."""
+    size = arguments["image_size"]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, arguments["in_channels"], size, size))
+    model.train()
 
 
 @contextmanager

@@ -35,6 +35,8 @@ def count(model: nn.Module, input_shape: Sequence[int]) -> Cost:
     # with autograd on and attention as plain products, every multiplication is an operator that is counted
     with evaluating(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(_zeros(model, input_shape))
+    with evaluating(model), torch.no_grad():
+        model(_zeros(model, input_shape))  # a network that keeps activations keeps some that can be copied
     return Cost(parameters(model), counter.get_total_flops() // 2)
 
 

@@ -192,20 +192,22 @@ def _checked(window: int) -> int:
 
 
 def _gamma_mask(model: nn.Module, sparsity: float) -> Tensor:
-    """True where |gamma| is above the share `sparsity` of all batch-norm scales; all False when they are all equal."""
+    """True where |gamma| is above the share `sparsity` of all batch-norm scales; all False when they are all equal.
+
+    Raises UsageError without any."""
     scales = [m.weight.detach().abs().flatten() for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine]
     if not scales:
-        return torch.zeros(1, dtype=torch.bool)
+        raise UsageError("detector early-bird watches batch-norm scales and this network has none; take spline or epoch:N")
     gammas = torch.cat(scales).float().cpu()
     threshold = gammas.sort().values[min(len(gammas) - 1, int(sparsity * len(gammas)))]
     return gammas > threshold if gammas.min() < gammas.max() else torch.zeros_like(gammas, dtype=torch.bool)
 
 
 def _magnitude_widths(model: nn.Module, sparsity: float) -> Tensor:
-    """Channels per convolution that a global threshold on the mean |weight| of a filter would keep; one 0 without any."""
+    """Channels per convolution that a global threshold on the mean |weight| of a filter would keep. Raises UsageError without any."""
     norms = [m.weight.detach().float().abs().flatten(1).mean(1).cpu() for m in model.modules() if isinstance(m, nn.Conv2d)]
     if not norms:
-        return torch.zeros(1)
+        raise UsageError("detector epi watches the filters of convolutions and this network has none; take spline or epoch:N")
     pooled = torch.cat(norms)
     threshold = pooled.sort().values[min(len(pooled) - 1, int(sparsity * len(pooled)))]
     return torch.tensor([float((n > threshold).sum()) for n in norms])

@@ -24,13 +24,15 @@ _WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def prunable(model: nn.Module, scope: Scope = "weights") -> dict[str, nn.Parameter]:
-    """The parameters that are ranked, by name, in model order: convolution and linear weights, or all there are."""
+    """The parameters that are ranked, by name, in model order, tied ones once: convolution and linear weights, or all there are."""
     if scope == "all":
         return dict(model.named_parameters())
     if scope != "weights":
         raise UsageError(f"scope = {scope!r}: must be weights or all.")
     named = ((f"{layer}.weight".lstrip("."), m.weight) for layer, m in model.named_modules() if isinstance(m, _WEIGHTED))
-    return {name: w for name, w in named if isinstance(w, nn.Parameter)}
+    found = {name: w for name, w in named if isinstance(w, nn.Parameter)}
+    first = {id(w): name for name, w in reversed(found.items())}
+    return {name: w for name, w in found.items() if first[id(w)] == name}
 
 
 def global_masks(weights: Mapping[str, Tensor], sparsity: float) -> Masks:

@@ -16,18 +16,19 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
     Of two batches the larger weighs more, so that a short last one spoils nothing. The statistics become those of the
     pruned network on training images, without augmentation. All other modules stay in eval mode (dropout off). Returns the
     number of images seen; with no batch norm nothing runs, and with no batch of at least two images the statistics stay as
-    they were."""
+    they were, as do those of a norm that does not train or is not called as a module."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
         return 0
     momenta = {m: m.momentum for m in norms}
     before = [{name: t.clone() for name, t in m.state_dict().items()} for m in norms]
     seen, hooks = 0, []
+    counters = {m: _Cumulative() for m in norms}
     try:
         with evaluating(model), torch.no_grad():
             for m in norms:
                 m.reset_running_stats()
-                hooks.append(m.register_forward_pre_hook(_Cumulative()))
+                hooks.append(m.register_forward_pre_hook(counters[m]))
                 m.train()
             for x in batches:
                 if len(x) > 1:  # one image has no variance where a map is one pixel
@@ -38,7 +39,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
             hook.remove()
         for m, state in zip(norms, before, strict=True):
             m.momentum = momenta[m]
-            if not seen:
+            if not (seen and counters[m].seen and m.num_batches_tracked):
                 m.load_state_dict(state)
     return seen
 

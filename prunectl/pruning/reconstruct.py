@@ -63,7 +63,10 @@ def _stand_in(layer: nn.Module, gone: list[int], moments: Moments, *, mean: bool
     kept = stays.nonzero().flatten()
     with torch.autocast(device.type, enabled=False):
         old = weight[:, lost].double()
-        new = _mixed(moments, old, kept, lost)
+        try:
+            new = _mixed(moments, old, kept, lost)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # activations that hardly vary at all
+            return
         if not new.isfinite().all():
             return  # activations out of range: better the weights as they are
         weight[:, kept] += new.to(weight)

@@ -91,7 +91,8 @@ def _scale_gradient(
     follow_gamma = step_length == "differentiated"
     scaled = {name: s * fixed[name] for name, s in zip(names, scales.unbind(), strict=True)}
     first_loss = _loss(model, {**fixed, **scaled}, before, loss)
-    gradients = torch.autograd.grad(first_loss, list(scaled.values()), create_graph=follow_gamma)
+    tensors = list(scaled.values())
+    gradients = torch.autograd.grad(first_loss, tensors, create_graph=follow_gamma, allow_unused=True, materialize_grads=True)
     moved = {}
     for (name, w), g in zip(scaled.items(), gradients, strict=True):
         if follow_gamma:

@@ -76,8 +76,8 @@ class Graph:
     """All groups of a network in the order of its layers, and the batch norm right behind each layer.
 
     late: batch norms fed by an activation, which therefore move no boundary of the units before it.
-    plain: the groups with one producer whose channels reach every reader one by one, through nothing but ReLU, pooling
-    and flattening, so that c times a channel is c times what its readers get (c > 0)."""
+    plain: the groups with one producer whose channels reach every reader one by one, through a ReLU and nothing but ReLU,
+    pooling and flattening, so that c times a channel is c times what its readers get (c > 0)."""
 
     groups: tuple[Group, ...]
     norm_after: Mapping[str, str]
@@ -197,9 +197,12 @@ def _trace(model: nn.Module, example: Tensor) -> tp.DependencyGraph:
     like = next(p for p in model.parameters() if p.is_floating_point())
     with torch.enable_grad():
         try:
-            return tp.DependencyGraph().build_dependency(
-                model, example.to(like.device, like.dtype), forward_fn=lambda net, x: net(x), verbose=False
-            )
+            shared = [m for m in model.modules() if isinstance(m, nn.PReLU) and m.num_parameters == 1]  # one slope ties no channels
+            x = example.to(like.device, like.dtype)
+            graph = tp.DependencyGraph().build_dependency(model, x, forward_fn=lambda net, x: net(x), ignored_layers=shared, verbose=False)
+            with torch.no_grad():
+                model(x)  # a network that keeps activations keeps some that can be copied
+            return graph
         except _TRACER_ERRORS as error:
             raise Unsatisfiable(
                 f"the channels of this {type(model).__name__} cannot be followed, so none can be removed: it splits, shuffles or"
@@ -302,6 +305,9 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 
     Each layer damps its input, so that in a deep residual network neither activations nor rounding errors blow up."""
     twin = copy.deepcopy(model).eval()
+    for module in twin.modules():
+        if isinstance(module, nn.LocalResponseNorm):
+            module.alpha = 1.0  # else what its neighbours do to a channel is lost in rounding
     draw = torch.Generator().manual_seed(0)
     state = {}
     for name, t in _tensors(twin).items():
@@ -318,12 +324,17 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
 
 def _unsound(model: nn.Module, groups: Sequence[Group], example: Tensor) -> set[str]:
     """Names of groups, the fewest that halving finds, without which the trial of the others succeeds."""
-    if not groups or _equals_masked(model, {g.name: range(1, g.channels, 3) for g in groups}, example):
+    if not groups or _equals_masked(model, {g.name: _a_third(g.channels) for g in groups}, example):
         return set()
     if len(groups) == 1:
         return {groups[0].name}
     half = len(groups) // 2
     return _unsound(model, groups[:half], example) | _unsound(model, groups[half:], example) or {g.name for g in groups}
+
+
+def _a_third(channels: int) -> list[int]:
+    """The first and the last channel, which code likes to pick, and of the others no pattern that a flip or a stride maps onto itself."""
+    return sorted({0, *range(4, channels - 1, 3), channels - 1}) if channels > 2 else []
 
 
 @torch.no_grad()
@@ -339,6 +350,8 @@ def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
         got = _dense_outputs(small.module, x)
     except (*_TRACER_ERRORS, RuntimeError, UsageError, Unsatisfiable):
         return False
+    if not _trains(small.module, x) and _trains(copy.deepcopy(model), x):
+        return False  # what only training runs, an auxiliary head say, no longer fits
     _fill(masked, masked_state(model.state_dict(), small.index))
     for name, expected in _dense_outputs(masked, x).items():
         if name:
@@ -346,6 +359,17 @@ def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
             survivors = (index.flatten(1)[:, 0] // weight[0].numel()).to(x.device)
             expected = [y.index_select(1 if weight.dim() == 4 else -1, survivors) for y in expected]
         if len(expected) != len(got.get(name, [])) or not all(map(_same, got[name], expected)):
+            return False
+    return True
+
+
+def _trains(model: nn.Module, x: Tensor) -> bool:
+    """Whether the network runs in training mode, in which it is left."""
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # dropout draws
+        try:
+            model.train()(x)
+        except (*_TRACER_ERRORS, RuntimeError):
             return False
     return True
 
@@ -373,19 +397,19 @@ def _is_plain(graph: tp.DependencyGraph, group: Group, model: nn.Module) -> bool
     return len(writers) == 1 and _scales(graph.module2node[model.get_submodule(group.name)], is_producer=True)
 
 
-def _scales(node: tp.dependency.Node, *, is_producer: bool = False) -> bool:
-    """Whether all that follows `node` up to the next dense layers works channel by channel and scales with its input."""
+def _scales(node: tp.dependency.Node, *, is_producer: bool = False, rectified: bool = False) -> bool:
+    """Whether all that follows `node` up to the next dense layers is rectified, works channel by channel and scales with its input."""
     if not node.outputs:
         return False
     for after in node.outputs:
         module, operator = after.module, _operator(after)
         if isinstance(module, Dense):
-            if getattr(module, "groups", 1) != 1:
+            if getattr(module, "groups", 1) != 1 or not rectified:
                 return False
         elif isinstance(module, Norm):
             if not is_producer or len(node.outputs) != 1 or not _scales(after):
                 return False
-        elif not operator.startswith(_HOMOGENEOUS) or not _scales(after):
+        elif not operator.startswith(_HOMOGENEOUS) or not _scales(after, rectified=rectified or operator.startswith("Relu")):
             return False
     return True
 

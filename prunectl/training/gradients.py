@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from prunectl.training.precision import Placement
 def mean_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], place: Placement) -> dict[str, Tensor]:
     """Parameter name -> gradient of the cross-entropy, averaged over `batches`, in eval mode; modes are restored.
 
-    0 for frozen parameters. Not in float16, whose small gradients would vanish without a scaled loss."""
+    Frozen parameters have one too: their channels may go. Not in float16, whose small gradients would vanish without a scaled loss."""
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     n = 0
-    with evaluating(model):
+    with evaluating(model), _thawed(named.values()):
         for x, y in batches:
             with nullcontext() if place.autocast_dtype == torch.float16 else place.autocast():
                 logits = model(place.images(x))
@@ -30,3 +30,15 @@ def mean_gradients(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], p
                     total[name] += g
             n += 1
     return {name: g / max(1, n) for name, g in total.items()}
+
+
+@contextmanager
+def _thawed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)

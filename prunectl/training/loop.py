@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunectl import dist
-from prunectl.errors import VerificationFailed
+from prunectl.errors import UsageError, VerificationFailed
 from prunectl.training.precision import Placement
 
 CHECK_EVERY = 50  # steps between looks at the loss: each is a synchronisation on CUDA
@@ -129,8 +129,13 @@ def steps(
 
 def _one_step(state: TrainState, model: nn.Module, x: Tensor, y: Tensor, place: Placement, objective: Objective, tally: _Tally) -> None:
     state.optimizer.zero_grad(set_to_none=True)
-    with place.autocast():
-        logits = model(x)
+    try:
+        with place.autocast():
+            logits = model(x)
+    except ValueError as e:
+        if len(x) > 1:
+            raise
+        raise UsageError(f"a batch of one image cannot be trained on ({e}): take train.batch_size of 2 or more") from None
     logits = logits.float()
     loss = F.cross_entropy(logits, y, label_smoothing=objective.label_smoothing)
     if state.teacher is not None and objective.distill:

@@ -33,7 +33,11 @@ class Placement:
 
     def put(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return model.to(self.device).to(memory_format=layout)
+        model = model.to(self.device)
+        for t in (*model.parameters(), *model.buffers()):
+            if t.dim() == 4:
+                t.data = t.data.contiguous(memory_format=layout)
+        return model
 
     def images(self, x: Tensor) -> Tensor:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format

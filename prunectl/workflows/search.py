@@ -60,14 +60,15 @@ class Search:
         search = cls(name, watchers, _probe(session, ticket), ticket.probes_per_epoch, draws=ticket.draws, draw_every=ticket.draw_every)
         search.search_only = ticket.search_only
         search.warm_up = min(session.recipe.train.warmup_epochs, session.recipe.train.epochs / 2)
-        try:
-            watchers["spline"].observe(0.0, session.state.model, search.probe[:2])
-        except UsageError:
-            if name == "spline":
-                raise
-            del watchers["spline"]  # a network without ReLUs: another detector decides
-        else:
-            watchers["spline"].restore({})
+        for watcher in list(watchers):
+            try:
+                watchers[watcher].observe(0.0, session.state.model, search.probe[:2])
+            except UsageError:
+                if watcher == name:
+                    raise
+                del watchers[watcher]  # a network without ReLUs, say: another detector decides
+            else:
+                watchers[watcher].restore({})
         search.readings = {n: [] for n in watchers}
         if ticket.weights.startswith("rewind:"):
             search.not_before = float(ticket.weights[7:])
@@ -200,6 +201,8 @@ def _named(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
 def _probe(session: Session, ticket: Ticket) -> Tensor:
     """Fixed training images, the same at every probe and on every rank."""
     if ticket.probe == "canvas":
+        if session.data.info.n_train < 2:
+            raise UsageError("--probe canvas spans a plane through two training images, and there is one; take --probe batch")
         (first, second), _ = session.data.sample(2, seed=session.recipe.seed)
         side = max(2, round(ticket.probe_images**0.5))
         return session.place.images(canvas(first, second, side=side))

@@ -183,6 +183,8 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
         arguments, pruned, model = _start(recipe, arguments)
     else:
         model = models.build(**arguments, seed=recipe.seed)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UsageError(f"model {recipe.model.name}: all its weights are frozen (requires_grad is False), so nothing can be trained")
     session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), pruned)
     session.make_optimizer, session.resume = make_optimizer, options.resume
     adopt(session, model)

@@ -186,7 +186,7 @@ def fade(session: Session, settings: Sfw, removed: Sequence[Target], step: Step)
         return
     train = session.recipe.train
     rate = session.state.optimizer.param_groups[0]["lr"] / train.lr
-    weights = oneshot.prunable(session.state.model, settings.scope)
+    weights = {name: w for name, w in oneshot.prunable(session.state.model, settings.scope).items() if w.requires_grad}
     share = FADE_EVERY * settings.fading / (step.of_epoch * train.epochs) * rate * step.done / train.epochs
     fade_(weights, removed[steps // FADE_EVERY % len(removed)](weights), share)
 

@@ -69,7 +69,8 @@ def sweep(session: Session, model: nn.Module, settings: Sfw) -> list[dict[str, A
         ranked = oneshot.prunable(twin, settings.scope).values()
         total = sum(w.numel() for w in ranked)
         counts = {"sparsity": share, "nonzero": total - oneshot.count_zeros(ranked), "total": total}
-        if not rows and counts["nonzero"] < total - round(share * total):
+        removed = [share * w.numel() for w in ranked] if settings.pooling == "layerwise" else [share * total]
+        if not rows and counts["nonzero"] < total - sum(map(round, removed)):
             session.ui.warn(f"training itself left more weights at zero than a share of {share:g}: only {counts['nonzero']:,} are not")
         rows.append({**counts, **_measured(session, twin, settings)})
     return rows

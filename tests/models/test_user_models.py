@@ -145,3 +145,59 @@ def test_neighbours_of_one_file_are_not_those_of_the_next(tmp_path: Path) -> Non
         write(folder, NET.replace("from torch import nn", "from torch import nn\nfrom parts import W").replace("8", "W"))
         assert make(folder / "mine.py")[0].out_channels == width  # type: ignore[index]
     assert not {"blocks_of_a_test", "parts"} & set(sys.modules)
+
+
+LAZY = """
+from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))
+"""
+
+
+def test_lazy_layers_get_their_sizes_from_the_image_and_their_weights_from_the_seed(tmp_path: Path) -> None:
+    path = write(tmp_path, LAZY)
+    one, again, other = (make(path, seed=s).state_dict() for s in (1, 1, 2))
+    assert one["4.weight"].shape == (5, 8 * 18 * 18) and torch.equal(one["4.weight"], again["4.weight"])
+    assert not torch.equal(one["4.weight"], other["4.weight"])
+
+
+HEADS = """
+import torch
+from torch import nn
+
+class Heads(nn.Module):
+    def __init__(self, c, n):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(c, 8, 3), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8, n)
+
+    def forward(self, x):
+        y = self.conv(x).mean((2, 3))
+        return (self.fc(y), y) if self.training else self.fc(y)
+
+class Alone(Heads):
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x).mean((2, 3))))
+
+class Noted(nn.Conv2d):
+    def get_extra_state(self):
+        return {"note": 1}
+
+def two(num_classes, in_channels):
+    return Heads(in_channels, num_classes)
+
+def alone(num_classes, in_channels):
+    return Alone(in_channels, num_classes)
+
+def noted(num_classes, in_channels):
+    return nn.Sequential(Noted(in_channels, num_classes, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("two", "tuple in training mode"), ("alone", "Expected more than 1 value per channel"), ("noted", "0._extra_state is no tensor")],
+)
+def test_networks_that_could_not_be_trained_or_saved_are_refused_at_once(tmp_path: Path, function: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        input_size(f"{write(tmp_path, HEADS)}:{function}", 28, in_channels=1)

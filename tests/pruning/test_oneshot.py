@@ -162,3 +162,11 @@ def test_other_impossible_values_are_usage_errors():
         oneshot.small_filters({"a": torch.ones(2, 2)}, share=1.0)
     with pytest.raises(UsageError, match="scope"):
         oneshot.prune_global_(network(), 0.5, scope="everything")
+
+
+def test_a_tied_weight_is_ranked_once():
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
+    net[1].weight = net[0].weight
+    assert list(oneshot.prunable(net)) == ["0.weight", "2.weight"]
+    oneshot.prune_global_(net, 0.5)
+    assert oneshot.count_zeros(oneshot.prunable(net).values()) == (36 + 18) // 2

@@ -79,3 +79,27 @@ def test_a_norm_that_is_called_twice_averages_both() -> None:
     recalibrate_(model, [x := torch.randn(8, 2, 5, 5) + 3])
     first = torch.nn.functional.batch_norm(x, None, None, norm.weight, norm.bias, training=True)
     torch.testing.assert_close(norm.running_mean, (x.mean((0, 2, 3)) + model[1](first).mean((0, 2, 3))) / 2)
+
+
+class _Frozen(nn.BatchNorm2d):
+    def train(self, mode: bool = True) -> _Frozen:
+        return super().train(False)
+
+
+class _Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+
+
+@pytest.mark.parametrize("layer", [_Frozen(3), _Functional()])
+def test_statistics_that_no_pass_renews_stay(layer: nn.Module) -> None:
+    """A norm that never trains, and one whose statistics the network's code reads without calling it."""
+    model = nn.Sequential(layer, nn.BatchNorm2d(3))
+    norm = next(m for m in layer.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.running_mean.fill_(0.7)  # type: ignore[union-attr]
+    assert recalibrate_(model, [torch.rand(4, 3, 5, 5)]) == 4
+    assert norm.running_mean.eq(0.7).all() and not model[1].running_mean.eq(0).any()  # type: ignore[union-attr]

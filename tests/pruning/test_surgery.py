@@ -468,3 +468,83 @@ def test_an_error_in_the_network_itself_is_not_taken_for_a_tracing_error() -> No
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         analyse(Broken(), images(1))
+
+
+class Picking(nn.Module):
+    """A stem whose channels the code picks or mixes by their numbers."""
+
+    def __init__(self, pick: str, channels: int) -> None:
+        super().__init__()
+        self.stem, self.pick, self.read = nn.Conv2d(3, channels, 3), pick, nn.Conv2d(channels, 8, 3)
+        self.norm, self.out = nn.LocalResponseNorm(5), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = F.relu(self.stem(x))
+        if self.pick == "norm":
+            y = self.norm(y)
+        elif self.pick == "flip":
+            y = y + y.flip(1)
+        elif self.pick != "nothing":
+            y = y * torch.sigmoid(y[:, int(self.pick)])[:, None]
+        return self.out(F.relu(self.read(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("channels", [16, 24])
+@pytest.mark.parametrize("pick", ["nothing", "0", "-1", "flip", "norm"])
+def test_channels_that_code_picks_by_their_numbers_are_locked(pick: str, channels: int) -> None:
+    torch.manual_seed(0)
+    graph = analyse(Picking(pick, channels), torch.zeros(1, 3, 12, 12))
+    assert (graph["stem"].locked is None) == (pick == "nothing")
+
+
+class TrainedBeside(nn.Module):
+    """An auxiliary head that only training runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.out, self.aux = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 5), nn.Linear(16, 5)
+
+    def forward(self, x):
+        y = F.relu(self.body(F.relu(self.stem(x)))).mean((2, 3))
+        return self.out(y) + self.aux(y) if self.training else self.out(y)
+
+
+def test_what_only_training_reads_stays_and_the_random_numbers_do_too() -> None:
+    model, before = TrainedBeside().eval(), torch.get_rng_state()
+    free = [g.name for g in analyse(model, torch.zeros(1, 3, 12, 12)).groups if not g.locked]
+    assert free == ["stem"] and torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_slope_for_all_ties_no_layers() -> None:
+    slope = nn.PReLU()
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), slope, nn.Conv2d(16, 24, 3), slope, *pooled, nn.Linear(24, 32), slope, nn.Linear(32, 5))
+    example = torch.zeros(1, 3, 12, 12)
+    graph = analyse(model, example)
+    assert [g.name for g in graph.groups if not g.locked] == ["0", "2", "6"]
+    small = compact(model, {"0": [1, 2]}, example).module
+    assert (small[0].out_channels, small[2].out_channels, small[6].out_features) == (14, 24, 32)
+
+
+class Keeping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out, self.kept = nn.Conv2d(3, 16, 3), nn.Linear(16, 5), {}
+
+    def forward(self, x):
+        self.kept["x"] = F.relu(self.stem(x)).mean((2, 3))
+        return self.out(self.kept["x"])
+
+
+def test_a_network_that_keeps_its_activations_can_be_counted_and_cut_again() -> None:
+    model, example = Keeping(), torch.zeros(1, 3, 12, 12)
+    cost.count(model, (3, 12, 12))
+    small = compact(model, {"stem": [0, 1]}, example).module
+    cost.count(small, (3, 12, 12))
+    assert compact(small, {"stem": [0]}, example).module.stem.out_channels == 13
+
+
+def test_only_rectified_channels_merge() -> None:
+    """A unit of constant output gives its readers relu(bias), and nothing gives it to them without a ReLU."""
+    straight = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
+    assert analyse(straight, torch.zeros(1, 3, 12, 12)).plain == {"1"}

@@ -252,3 +252,17 @@ def test_an_epoch_of_one_batch_is_one_step(images: int) -> None:
     state = TrainState(net, sgd(net, lr=0.01, momentum=0.9, nesterov=False, weight_decay=0))
     seen = list(steps(state, few, CPU, lambda done: 0.01, epochs=3, steps_per_epoch=1, batch_size=100, seed=0))
     assert [(s.done, s.index, s.images, s.summary is not None) for s in seen] == [(e, 1, 100, True) for e in (1, 2, 3)]
+
+
+def test_frozen_layers_have_gradients_to_rank_by():
+    """Their channels may go too; by a gradient of 0 they would go in the order of their numbers."""
+    net = _net()
+    first = next(iter(net.parameters())).requires_grad_(False)
+    frozen = mean_gradients(net, [(torch.rand(4, 2, 6, 6), torch.arange(4) % 2)], place("cpu", "fp32"))
+    assert next(iter(frozen.values())).abs().sum() > 0 and not first.requires_grad
+
+
+def test_tensors_of_any_rank_are_placed():
+    module = nn.ModuleDict({"3d": nn.Conv3d(1, 2, 3), "2d": nn.Conv2d(4, 4, 3)})
+    placed = place("cpu", "fp32").put(module)
+    assert placed["2d"].weight.is_contiguous(memory_format=torch.channels_last) and placed["3d"].weight.is_contiguous()

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from running import comparable, forked, only_run, prunectl, run_folders
 
 import prunectl as library
-from prunectl import data
+from prunectl import data, models
 from prunectl.console import Console
 from prunectl.pruning.constraints import from_dict
 from prunectl.pruning.fade import Target
@@ -303,6 +303,32 @@ def test_nm_on_a_network_of_odd_widths_is_unsatisfiable(tmp_path):
         "    return nn.Sequential(*layers)\n"
     )
     prunectl("sfw-prune", f"{net}:odd", "fashion-mini", "--constraint", "nm", "--out", tmp_path / "runs").refused(3, "nm", "divisible by 4")
+
+
+PARTLY = """
+from torch import nn
+
+class Partly(nn.Module):
+    def __init__(self, c, n):
+        super().__init__()
+        self.frozen, self.body = nn.Conv2d(c, 16, 3, stride=4).requires_grad_(False), nn.Conv2d(16, 16, 3)
+        self.out, self.spare = nn.Linear(16, n), nn.Linear(16, n)
+
+    def forward(self, x):
+        return self.out(self.body(self.frozen(x).relu()).relu().mean((2, 3)))
+
+def net(num_classes, in_channels):
+    return Partly(in_channels, num_classes)
+"""
+
+
+def test_frozen_weights_stay_and_unused_ones_do_no_harm(tmp_path):
+    (tmp_path / "nets.py").write_text(PARTLY)
+    few = ("--set", "data.train_images=200", "--set", "train.batch_size=50", "--epochs", "2", "--bn-recal", "0", "--sparsity", "0.5")
+    done = prunectl("sfw-prune", f"{tmp_path}/nets.py:net", "fashion-mini", *few, "--sfw-init", "--out", tmp_path / "runs", "--json")
+    assert done.code == 0, done
+    start = models.build(f"{tmp_path}/nets.py:net", num_classes=10, in_channels=1, image_size=28, seed=0)
+    assert torch.equal(library.load(done.document["run"]).frozen.weight, start.frozen.weight)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
