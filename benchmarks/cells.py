@@ -18,7 +18,13 @@ from typing import Any
 
 EPOCHS = 20
 TRAIN_IMAGES = 18_000  # with the carved validation images about 20,000 of Fashion-MNIST's 60,000
-NETS = {"thin": ("resnet8", 1.0), "wide": ("resnet18", 0.25), "wider": ("resnet18", 0.5), "full": ("resnet18", 1.0)}
+NETS = {
+    "thin": ("resnet8", 1.0),
+    "wide": ("resnet18", 0.25),
+    "wider": ("resnet18", 0.5),
+    "full-thin": ("resnet8", 1.0),  # these two on all 60,000 images
+    "full": ("resnet18", 1.0),
+}
 BULKY = ("distances", "detectors", "versions", "warnings")  # kept in the run folder
 
 
@@ -42,7 +48,7 @@ class Cell:
 
     def command(self, out: str) -> list[str]:
         model, width = NETS[self.net]
-        sets = [] if self.net == "full" else [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
+        sets = [] if self.net.startswith("full") else [f"model.width={width}", f"data.train_images={TRAIN_IMAGES}"]
         sets += ["data.final=val"] if self.judged == "val" else []
         return [
             *(self.program, self.verb, model, "fashion-mnist", "--epochs", str(EPOCHS), "--seed", str(self.seed)),

@@ -135,7 +135,8 @@ def goal() -> list[Cell]:
 
 def full() -> list[Cell]:
     """The default once on all 60,000 images at full width, beside dense."""
-    return [Cell("dense", "full", 0, "train"), Cell("default-50", "full", 0, "find-ticket", HALF)]
+    nets = ("full-thin", "full")
+    return [cell for net in nets for cell in (Cell("dense", net, 0, "train"), Cell("default-50", net, 0, "find-ticket", HALF))]
 
 
 STAGES = {"rivals": rivals, "draws": draws, "criteria": criteria, "steep": steep, "goal": goal, "full": full}
