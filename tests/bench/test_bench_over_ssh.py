@@ -244,7 +244,7 @@ def test_a_sensor_that_stops(at_the_board, files):
 # ----------------------------------------------------------------------------------------------- a minute, in real time
 
 
-@pytest.mark.slow  # more than a minute in real time; shorter windows of the same are above
+@pytest.mark.slow  # more than a minute in real time; test_board_over_ssh.py has shorter windows
 def test_two_minutes_of_joules_at_once(tmp_path, sshd, monkeypatch):
     """Two boards side by side, each for 60 s: joules by the verb against the waveform's integral, within 1 % where the sensor
     refreshes every 50 ms and within 3 % where every 450 ms. (18 more waveforms in simulated time: test_bench_stats.py.)"""

@@ -80,8 +80,8 @@ def test_gauge_is_the_support_function_of_the_polar(name):
     values = (y[:2000] * x).flatten(1).sum(1) / support
     assert values.max() <= constraint.gauge(x) * (1 + 1e-12)
     best = y[values.argmax()].clone().requires_grad_()
-    optimizer = torch.optim.Adam([best], lr=0.01)
-    for _ in range(3000):
+    optimizer = torch.optim.Adam([best], lr=0.02)
+    for _ in range(1500):
         objective = (best * x).sum() / -(constraint.lmo(best.detach()) * best).sum()
         optimizer.zero_grad()
         (-objective).backward()

@@ -168,9 +168,10 @@ def test_scores_per_mac_cut_where_a_channel_costs_most() -> None:
 
 def test_a_depthwise_bias_moves_no_hyperplane_of_the_layer_before() -> None:
     model = network("mobilenet-v2").eval()
-    before = {n: c.bias for n, c in describe(model, analyse(model, EXAMPLE)).items()}
+    graph = analyse(model, EXAMPLE)
+    before = {n: c.bias for n, c in describe(model, graph).items()}
     depthwise = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    norms = [analyse(model, EXAMPLE).norm_after[n] for n in depthwise]
+    norms = [graph.norm_after[n] for n in depthwise]
     with torch.no_grad():
         for name in norms:
             model.get_submodule(name).bias.add_(1.0)
