@@ -49,7 +49,15 @@ def measure(run: Path, rounds: int) -> dict[str, Any]:
         speed = {"median_ms": 1e3 * statistics.median(times[name]) / CALLS, "time_ratio": float(middle)}
         rows.append({"file": name, **file, **speed, "time_ratio_quartiles": [float(low), float(high)]})
     about = {"command": "python -m benchmarks.export_precision RUN", "model": result["model"], "dataset": result["dataset"]}
-    return {**about, "run": Path(result["run"]).name, "threads": THREADS, "rounds": rounds, "machine": machine(), "rows": rows}
+    return {
+        **about,
+        "run": Path(result["run"]).name,
+        "threads": THREADS,
+        "rounds": rounds,
+        "weight_bits": {"cpu int8": 7},
+        "machine": machine(),
+        "rows": rows,
+    }
 
 
 def table(result: dict[str, Any]) -> list[str]:

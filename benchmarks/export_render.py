@@ -62,6 +62,11 @@ def precision(result: dict[str, Any]) -> Iterator[str]:
         f"{result['model']} on {result['dataset']} ({result['run']}): the files for ONNX Runtime, and the INT8 graph that TensorRT",
         f"reads, run by ONNX Runtime for its accuracy. Goal: INT8 within {PRECISION_SLACK:g} point of FP32, else the layers that lost most",
         f"are named below. {result['rounds']} rounds in turn, {result['threads']} threads, batch 1: medians, FP32's time over the file's.",
+        *(
+            []
+            if result.get("weight_bits")
+            else ["The INT8 file for the CPU had 8-bit weights then; files written since have 7 (docs/LOG.md)."]
+        ),
         "",
         *origin(result),
         *export_precision.table(result),
