@@ -103,8 +103,9 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
     """The channel groups of `model`, found by tracing it once on `example` (1, C, H, W). The model is left as it was.
 
     A group is free only after a trial: with random weights, a third of the channels of every free group is taken out,
-    and the small network has to compute what the large one computes with those channels masked. So a constant in the
-    network's code, a softmax over channels or a shuffle, which a trace cannot see, locks the groups that it touches.
+    and the small network has to compute what the large one computes with those channels masked, and to run in training
+    mode if the large one does. So a constant in the network's code, a softmax over channels, a shuffle or a head that only
+    training runs, which a trace cannot see, locks the groups that it touches.
     Raises Unsatisfiable when the network cannot be traced."""
     try:
         twin = copy.deepcopy(model).eval()
