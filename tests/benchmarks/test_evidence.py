@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,12 @@ from running import comparable
 
 from benchmarks import cells
 from benchmarks.sfw import render as sfw
+from benchmarks.sfw import cells as trained_stages
 from benchmarks.sfw import trained
+from benchmarks.tickets import cells as stages
 from benchmarks.tickets import prefix
 from benchmarks.tickets import render as tickets
+from prunectl.cli.process import run
 
 
 @pytest.mark.parametrize("render", [tickets, sfw], ids=["tickets", "sfw"])
@@ -53,6 +58,20 @@ def test_the_readme_quotes_what_the_pages_say() -> None:
         assert [f for f in figures if f not in row or f not in measured] == [], (page, arm)
     known = " ".join(f for *_, figures in QUOTED for f in figures)
     assert [f for f in re.findall(r"\d+\.\d+", measured) if f not in known and f not in ("0.5", "0.25")] == []
+
+
+@pytest.mark.parametrize("stage", [*stages.STAGES.values(), *trained_stages.STAGES.values()], ids=lambda stage: stage.__name__)
+def test_every_cell_asks_for_a_recipe_that_there_is(stage, capsys) -> None:  # type: ignore[no-untyped-def]
+    for cell in (c for c in stage() if c.program == "prunectl" and c.seed == 0):
+        assert run([*cell.command("runs")[1:], "--print-recipe"]) == 0, cell.name
+        assert json.loads(capsys.readouterr().out)
+
+
+def test_the_rivals_program_knows_its_criteria() -> None:
+    cell = next(c for c in stages.criteria() if c.program == stages.RIVALS)
+    words = [sys.executable, "-m", *cell.command("runs"), "--print-recipe"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["ticket"]["criterion"] == "tp-magnitude", done.stderr
 
 
 class Small(cells.Cell):
