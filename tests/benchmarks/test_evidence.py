@@ -13,8 +13,8 @@ import pytest
 from running import comparable
 
 from benchmarks import cells
-from benchmarks.sfw import render as sfw
 from benchmarks.sfw import cells as trained_stages
+from benchmarks.sfw import render as sfw
 from benchmarks.sfw import trained
 from benchmarks.tickets import cells as stages
 from benchmarks.tickets import prefix
