@@ -20,9 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from prunectl.errors import CorruptFile, UsageError
 from prunectl.registry import canonical
-from prunectl.shipped import shipped
-
-Fraction = Field(gt=0, lt=1)
+from prunectl.shipped import known_recipes, shipped
 
 
 class _Section(BaseModel):
@@ -331,7 +329,7 @@ def resolve(
         if reader:
             raise UsageError(f"{key} is read by {reader} only, and this is {verb}: leave it out")
     if any(key in BUDGETS for key in given):  # a budget on the command line replaces the file's, whichever it was
-        settings["ticket"] = {k: v for k, v in _section(settings, "ticket").items() if f"ticket.{k}" not in BUDGETS}
+        settings["ticket"] = _without_budget(_section(settings, "ticket"))
     if verb == "sfw-prune":
         settings["train"] = _training_for_the_set(settings, given)
     for key, value in given.items():
@@ -408,7 +406,16 @@ def _read(path: Path) -> dict[str, Any]:
         return settings
     if not isinstance(base, str):
         raise UsageError(f"recipe {path}: extends = {base!r}: expected the name of a shipped recipe, e.g. train/resnet8-fashion-mini")
-    return _merged(_read(shipped("recipes") / f"{base}.yaml"), settings)
+    if base not in known_recipes():
+        raise UsageError(f"recipe {path}: extends = {base}: no shipped recipe; `prunectl list recipes` names them")
+    below = _read(shipped("recipes") / f"{base}.yaml")
+    if any(f"ticket.{key}" in BUDGETS for key in _section(settings, "ticket")):  # as a budget on the command line does
+        below["ticket"] = _without_budget(_section(below, "ticket"))
+    return _merged(below, settings)
+
+
+def _without_budget(ticket: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in ticket.items() if f"ticket.{key}" not in BUDGETS}
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -428,7 +435,8 @@ def _together(options: Mapping[str, Any], sets: Iterable[str]) -> dict[str, Any]
     for key in options.keys() & settled.keys():
         if _spelled(options[key]) != _spelled(settled[key]):
             raise UsageError(f"{key} is given twice, {options[key]} by its option and {settled[key]} by --set: leave one out")
-    return {**options, **settled}
+    given = {**options, **settled}
+    return {key: given[key] for key in sorted(given, key=lambda k: k.count("."))}  # a section first, then what is set in it
 
 
 def _spelled(value: Any) -> Any:

@@ -105,6 +105,15 @@ def test_extends_takes_a_shipped_recipe_as_its_base(tmp_path):
     assert recipe.train == base.train.model_copy(update={"lr": 0.01})
 
 
+def test_a_budget_in_a_file_replaces_that_of_its_base(tmp_path):
+    ticket = _find(file=_file(tmp_path, "extends: find-ticket/resnet8-fashion-mini\nticket: {target_macs: 0.4}")).ticket
+    assert ticket and (ticket.sparsity, ticket.target_macs) == (None, 0.4)
+
+
+def test_a_section_set_as_a_whole_leaves_what_is_set_in_it():
+    assert _find(sets=["train.lr=0.5", "train={}"], overrides={"train.epochs": 6}).train.epochs == 6
+
+
 def test_set_reads_yaml_values():
     t = _find(sets=["train.milestones=[0.3, 0.6]", "train.nesterov=true", "train.ema=null", "train.lr=1e-2"]).train
     assert (t.milestones, t.nesterov, t.ema, t.lr) == ((0.3, 0.6), True, None, 0.01)
@@ -144,6 +153,7 @@ def test_dashes_and_underscores_are_equal_in_keys_and_names():
         ("ticket: {round_to: 8.5}", "ticket.round_to = 8.5: must be auto"),
         ("extends: train/nothing-here", "nothing-here.*prunectl list recipes"),
         ("extends: [1]", "extends"),
+        ("extends: ../tests/../recipes/train/resnet8-fashion-mini", "no shipped recipe"),
     ],
 )
 def test_a_mistake_in_a_file_names_its_key_and_what_was_expected(tmp_path, text, words):

@@ -5,11 +5,14 @@ batch. Whoever computes the batch, this process or a worker, gets the same pixel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prunectl.data.draws import Index, Stream, permutation
@@ -76,6 +79,10 @@ class Pool(Protocol):
         """uint8 (len(index), C, S, S), all of the pool's own size S."""
         ...
 
+    def fingerprint(self) -> str:
+        """Differs where labels or images do; of photos, where their names do."""
+        ...
+
 
 @dataclass(frozen=True)
 class View:
@@ -97,12 +104,13 @@ class View:
 class Dataset:
     """Batches (x float32 (N, C, H, W) normalised, y int64 (N,)) of the splits train, val and test.
 
-    Split sizes and everything else about the input are in `info`. `stream` turns requests into batches, in order. missing: why
-    the images are blank, if they are."""
+    Split sizes and everything else about the input are in `info`. `stream` turns requests into batches, in order.
+    fingerprint: see Pool. missing: why the images are blank, if they are."""
 
     info: DatasetInfo
     splits: Mapping[str, Index]
     stream: Callable[[Sequence[Request]], Iterator[Batch]]
+    fingerprint: Callable[[], str]
     missing: str | None = None
 
     def train_batches(
@@ -152,6 +160,13 @@ class Dataset:
         if len(self.splits[split]) == 0:
             raise DataMissing(f"{self.info.name} has no {split} images.")
         return self.splits[split]
+
+
+def sha256_of(*arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def _chunks(index: Index, size: int) -> list[Index]:

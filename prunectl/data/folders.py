@@ -47,6 +47,8 @@ def image_folder(root: Path) -> Source:
 def photo_folder(root: Path, name: str, *, test: str, val: str | None = None) -> Source:
     """Photos of any size in class folders: random windows in training, the centre in evaluation."""
     classes = tuple(class_names(root / "train"))
+    if len(classes) == 1:
+        raise DataMissing(f"{root / 'train'} has one class folder, '{classes[0]}': expected one for each of two or more classes.")
 
     def read(image_size: int) -> Raw:
         listings = [list_split(root, split) for split in ("train", test, val) if split]

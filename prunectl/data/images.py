@@ -158,7 +158,7 @@ def read_rgb(path: str) -> Image.Image:
 def _unreadable(path: str, problem: BaseException) -> DataMissing:
     reason = str(problem).replace(repr(path), "").strip(" :")  # the path stands in front already
     what = "missing" if isinstance(problem, FileNotFoundError) else f"not a readable image ({reason})"
-    return DataMissing(f"{path} is {what}: replace it or remove it.")
+    return DataMissing(f"{path} is {what}: replace it, or remove it before a run begins.")
 
 
 def _centre(width: int, height: int, w: int, h: int) -> Box:

@@ -89,6 +89,8 @@ def load(
     except NotDownloaded as problem:
         raw, missing = _blank(source, problem), str(problem)
     _check(source, raw)
+    if raw.val is not None and val_fraction is not None:
+        raise UsageError(f"data.val_fraction = {val_fraction:g}: {source.name} has validation images of its own; leave it out.")
     splits = _splits(raw, source.val_fraction if val_fraction is None else val_fraction, train_images)
     stats = normalisation or _stats(source, raw, splits)
     if source.photos:
@@ -112,7 +114,7 @@ def load(
     if processes < 0:
         raise UsageError(f"workers = {processes}: must be 0 or more.")
     in_memory = isinstance(raw.pool, MemoryPool) or processes == 0
-    return Dataset(info, splits, partial(in_process, view) if in_memory else WorkerStream(view, processes), missing)
+    return Dataset(info, splits, partial(in_process, view) if in_memory else WorkerStream(view, processes), raw.pool.fingerprint, missing)
 
 
 def _source(name_or_folder: str, data_dir: str | Path | None, download: bool = True) -> Source:

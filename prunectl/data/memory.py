@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunectl.data.dataset import Augmentation, Batch, Request, View
+from prunectl.data.dataset import Augmentation, Batch, Request, View, sha256_of
 from prunectl.data.draws import Index, Stream, integers, uniforms
 from prunectl.data.images import Pixels, mirrored, shifted
 from prunectl.errors import UsageError
@@ -22,6 +22,9 @@ class MemoryPool:
 
     def crops(self, index: Index, augmentation: Augmentation | None) -> Pixels:
         return crop_flip(self.images[index], index, augmentation)
+
+    def fingerprint(self) -> str:
+        return sha256_of(self.labels, self.images)
 
 
 def blank(n: int, classes: int, channels: int, size: int) -> MemoryPool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from prunectl.data.dataset import Augmentation, Pool
+from prunectl.data.dataset import Augmentation, Pool, sha256_of
 from prunectl.data.draws import Index, Stream, permutation, uniforms
 from prunectl.data.images import MARGIN, Pixels, as_pixels, centred, random_box, read_rgb, windowed
 from prunectl.data.listing import Listing
@@ -45,6 +45,9 @@ class PhotoPool:
         images = np.stack([as_pixels(centred(self._read(int(i)), self.size, self.margin)) for i in index])
         return crop_flip(images, index, augmentation)
 
+    def fingerprint(self) -> str:
+        return sha256_of(self.labels, self.names)
+
     def _read(self, i: int) -> Image.Image:
         return read_rgb(os.path.join(self.root, os.fsdecode(bytes(self.names[i]))))
 
@@ -66,11 +69,15 @@ def pooled(
     for listing in listings:
         for name, of in zip(listing.names, listing.classes, strict=True):
             if of not in number:
-                raise DataMissing(f"{root / name}: its class '{of}' is not among the {len(classes)} classes of the training images.")
+                raise DataMissing(
+                    f"{root / name}: its class '{of}' is not among the {len(classes)} classes of the training images; "
+                    "remove or rename the folder."
+                )
         if lacking := sorted(number.keys() - set(listing.classes)):
             example = str(Path(listing.names[0]).parts[0])
             raise DataMissing(
-                f"{root / example} has no images of class '{lacking[0]}', which is among the {len(classes)} classes of the training images."
+                f"{root / example} has no images of class '{lacking[0]}', which is among the {len(classes)} classes of the training images:"
+                " add some, or remove the class."
             )
     names = np.array([os.fsencode(name) for listing in listings for name in listing.names], dtype=np.bytes_)
     labels = np.array([number[of] for listing in listings for of in listing.classes], dtype=np.int64)

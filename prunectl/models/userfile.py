@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import sys
@@ -45,6 +46,23 @@ def _materialise(model: nn.Module, arguments: dict[str, Any]) -> None:
     with torch.no_grad():
         model.eval()(torch.zeros(1, arguments["in_channels"], size, size))
     model.train()
+
+
+def sources(name: str) -> list[Path]:
+    """The file of `file.py:function` and those of its neighbours that it imports, itself or through another."""
+    found: list[Path] = []
+    todo = [Path(name.rpartition(":")[0]).expanduser()]
+    home = todo[0].parent
+    while todo:
+        file = todo.pop()
+        if file.is_file() and file not in found:
+            found.append(file)
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                imported += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+                for module in (home / n.replace(".", "/") for n in imported):
+                    todo += [module.with_suffix(".py"), module / "__init__.py"]
+    return found
 
 
 @contextmanager

@@ -59,6 +59,12 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def discard(folder: Path) -> None:
+    """Removes every checkpoint: of a training that begins anew, whose own would be older than they are."""
+    for path in folder.glob("epoch-*"):
+        path.unlink(missing_ok=True)
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file. Raises OSError, as on a full disk, which the library's own writing to a file would disguise."""
     with atomic(path) as temporary:

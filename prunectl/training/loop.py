@@ -36,12 +36,13 @@ class TrainData(Protocol):
 
 @dataclass
 class TrainState:
-    """What training changes. `average` is the exponential average of the weights, or None."""
+    """What training changes. `average` is the exponential average of the weights of so many steps, or None."""
 
     model: nn.Module
     optimizer: Optimizer
     epoch: int = 0
     average: dict[str, Tensor] | None = None
+    averaged_steps: int = 0
     scaler: torch.amp.GradScaler | None = None
     teacher: nn.Module | None = None
 
@@ -155,7 +156,8 @@ def _one_step(state: TrainState, model: nn.Module, x: Tensor, y: Tensor, place: 
     else:
         state.optimizer.step()
     if state.average is not None and objective.ema is not None:
-        _update_average(state.average, state.model, objective.ema)
+        _update_average(state.average, state.model, _decay(objective.ema, state.averaged_steps))
+        state.averaged_steps += 1
     tally.loss += loss.detach() * len(y)
     tally.right += (logits.detach().argmax(1) == y).sum()
     tally.images += len(y)
@@ -167,6 +169,13 @@ def _soft_loss(teacher: nn.Module, x: Tensor, logits: Tensor, place: Placement, 
         target = teacher(x)
     soft = F.log_softmax(target.float() / temperature, 1)
     return F.kl_div(F.log_softmax(logits / temperature, 1), soft, log_target=True, reduction="batchmean") * temperature**2
+
+
+def _decay(decay: float, steps: int) -> float:
+    """The share of itself that the average of so many steps keeps: little at first, or it would hold on to untrained weights.
+
+    The ramp is that of TensorFlow's ExponentialMovingAverage with num_updates."""
+    return min(decay, (1 + steps) / (10 + steps))
 
 
 @torch.no_grad()

@@ -296,6 +296,7 @@ def _recalibrated(session: Session, settings: Ticket) -> float:
     accuracy = _recalibrate(session, settings)
     if settings.weights != "inherit" or session.state.average is None:
         reset_average(session)
+        session.state.averaged_steps = 0
         return accuracy
     with averaged(session.state):
         accuracy = _recalibrate(session, settings)

@@ -10,6 +10,7 @@ import torch
 
 from prunectl import dist
 from prunectl.files import sha256
+from prunectl.models import userfile
 from prunectl.recipe import Recipe
 from prunectl.rundir import RunDir, read_json
 from prunectl.training import compactmodel
@@ -51,8 +52,7 @@ def commit() -> str | None:
 
 def made_from(recipe: Recipe) -> dict[str, str]:
     """Files that a recipe only names and a run is made from, each with its sha256 as it is now: a user's network, the start's plan."""
-    file, _, _ = recipe.model.name.rpartition(":")
-    files = [Path(file)] if file else []
+    files = userfile.sources(recipe.model.name) if ":" in recipe.model.name else []
     if recipe.start:
         files.append(compactmodel.locate(Path(recipe.start)) / compactmodel.PLAN)
     return {str(f): sha256(f) for f in files}

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from prunectl import data, dist, models
 from prunectl.console import Console
-from prunectl.data import Dataset
+from prunectl.data import Dataset, DatasetInfo
 from prunectl.errors import CorruptFile, UsageError
 from prunectl.files import write_json, write_text
 from prunectl.pruning import cost
 from prunectl.recipe import Recipe, Train
-from prunectl.rundir import RunDir, clear, point_latest
+from prunectl.rundir import RunDir, clear, point_latest, read_json
 from prunectl.training import checkpoint, compactmodel
 from prunectl.training.evaluate import Accuracy, accuracy
 from prunectl.training.loop import Diverged, EpochSummary, Objective, Step, TrainState, steps
@@ -32,7 +32,9 @@ from prunectl.versions import versions
 from prunectl.workflows.folder import Options
 from prunectl.workflows.provenance import changed, commit, hardware, made_from
 
-EVAL_BATCH = 500
+EVAL_BATCH = 500  # of images up to 64 x 64, fewer of larger ones
+
+LONGEST_WARMUP = 0.5  # of a schedule
 
 MakeOptimizer = Callable[[nn.Module, Train], torch.optim.Optimizer]
 
@@ -83,8 +85,13 @@ class Session:
     @property
     def batches(self) -> tuple[int, int]:
         """Optimizer steps an epoch, and the images of one rank's batch: fewer than asked for when the data are fewer."""
-        size = min(self.recipe.train.batch_size, self.data.info.n_train // dist.world_size())
+        size = max(1, min(self.recipe.train.batch_size, self.data.info.n_train // dist.world_size()))
         return self.data.train_steps(batch_size=size, world=dist.world_size()), size
+
+    @property
+    def _eval_batch(self) -> int:
+        """As many images as memory holds that a training batch fits in."""
+        return min(EVAL_BATCH, max(self.recipe.train.batch_size, EVAL_BATCH * 64**2 // self.data.info.image_size**2))
 
     @property
     def dense_images(self) -> int:
@@ -97,7 +104,7 @@ class Session:
 
     def accuracy(self, split: str, model: nn.Module | None = None) -> Accuracy:
         """On a whole split, of `model` or of the network as it would be saved (its average, where one is kept)."""
-        batches = self.data.eval_batches(split, batch_size=EVAL_BATCH, rank=dist.rank(), world=dist.world_size())
+        batches = self.data.eval_batches(split, batch_size=self._eval_batch, rank=dist.rank(), world=dist.world_size())
         if model is not None or self.state.average is None:
             return accuracy(model or self.state.model, batches, self.place)
         with averaged(self.state):
@@ -106,7 +113,7 @@ class Session:
     def rate(self, done: float) -> float:
         """The learning rate of the recipe when the share `done` of its schedule is done."""
         t = self.recipe.train
-        warmup = min(0.5, t.warmup_epochs / max(1, t.epochs))
+        warmup = min(LONGEST_WARMUP, t.warmup_epochs / max(1, t.epochs))
         return learning_rate(done, lr=t.lr, schedule=t.schedule, milestones=t.milestones, warmup=warmup)
 
     def write_model(
@@ -180,11 +187,13 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
     }
     pruned: list[dict[str, Any]] = []
     if recipe.start:
-        arguments, pruned, model = _start(recipe, arguments)
+        arguments, pruned, model = _start(recipe, arguments, images.info, ui)
     else:
         model = models.build(**arguments, seed=recipe.seed)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"model {recipe.model.name}: all its weights are frozen (requires_grad is False), so nothing can be trained")
+    if recipe.train.warmup_epochs > LONGEST_WARMUP * recipe.train.epochs > 0:
+        ui.warn(f"train.warmup_epochs = {recipe.train.warmup_epochs:g} is over half of {recipe.train.epochs} epochs: warming up for half")
     session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), pruned)
     session.make_optimizer, session.resume = make_optimizer, options.resume
     adopt(session, model)
@@ -197,14 +206,30 @@ def record(session: Session) -> None:
         return
     if session.run.replaced:
         clear(session.run)
-    for file in changed(session.run) if session.resume else []:
-        session.ui.warn(f"{file} is not what it was when this run began: its epochs so far were trained with the other")
     hard = hardware(session.place)
     info = {"argv": sys.argv, "versions": versions(), "hardware": hard, "seed": session.recipe.seed, "git": commit()}
-    info["made_from"] = made_from(session.recipe)
+    info |= {"images": session.data.fingerprint(), "made_from": made_from(session.recipe)}
+    if session.resume:
+        _compare(session, info)
     write_text(session.run.recipe, session.recipe.to_yaml())  # first: it marks the folder as a run
     write_json(session.run.info, info)
     point_latest(session.run)
+
+
+def _compare(session: Session, now: Mapping[str, Any]) -> None:
+    """Says what is not as it was when the run began. Raises UsageError for other images, whose parts would be others too."""
+    then = read_json(session.run.info) if session.run.info.is_file() else {}
+    if then.get("images", now["images"]) != now["images"]:
+        raise UsageError(
+            f"the images of {session.data.info.name} are not those that {session.run.path} was begun with, so its validation images "
+            "may have been trained on: put them back as they were, or begin again with --overwrite"
+        )
+    for file in changed(session.run):
+        session.ui.warn(f"{file} is not what it was when this run began: its epochs so far were trained with the other")
+    for what in ("precision", "ranks", "cuda"):
+        was, is_ = (info.get("hardware", {}).get(what) for info in (then, now))
+        if then and was != is_:
+            session.ui.warn(f"this run began with {what} {was} and goes on with {is_}: its result is of both")
 
 
 def adopt(session: Session, model: nn.Module) -> None:
@@ -329,6 +354,7 @@ def _save(s: Session, keeper: Keeper | None) -> None:
         "rows": s.rows,
         "warnings": s.ui.warnings,
         "kept": kept_meta,
+        "averaged_steps": s.state.averaged_steps,
         "scaler": s.state.scaler.state_dict() if s.state.scaler else None,
     }
     checkpoint.save(s.run.checkpoints, s.state.epoch, tensors, meta)
@@ -340,6 +366,7 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
     for sentence in passed_over:
         s.ui.warn(f"{sentence}; " + (f"taking that of epoch {found.epoch} instead" if found else "there is none before it"))
     if found is None:
+        checkpoint.discard(s.run.checkpoints)
         if s.resume:
             s.ui.say(f"nothing to resume in {s.run.path}: starting from the beginning")
         return False
@@ -357,6 +384,7 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
     load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
     if s.state.average is not None:
         s.state.average = {k: v.to(s.place.device) for k, v in found.section("average").items()}
+        s.state.averaged_steps = found.meta["averaged_steps"]
     if s.state.scaler is not None and found.meta["scaler"]:
         s.state.scaler.load_state_dict(found.meta["scaler"])
     if keeper:
@@ -368,7 +396,9 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
     return True
 
 
-def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
+def _start(
+    recipe: Recipe, arguments: dict[str, Any], info: DatasetInfo, ui: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]], nn.Module]:
     """Architecture, pruning and weights of `train --from`."""
     saved = compactmodel.read(compactmodel.locate(Path(str(recipe.start))))
     theirs = saved.plan["model"]
@@ -380,6 +410,11 @@ def _start(recipe: Recipe, arguments: dict[str, Any]) -> tuple[dict[str, Any], l
     if arguments["width"] not in (1.0, theirs.get("width", 1.0)):
         raise UsageError(
             f"--from {recipe.start}: its width is {theirs.get('width', 1.0):g}; leave model.width = {arguments['width']:g} out"
+        )
+    if saved.plan["data"]["name"] == info.name and saved.plan["data"].get("n_val") != info.n_val:
+        ui.warn(
+            f"--from {recipe.start} was trained with {saved.plan['data'].get('n_val')} validation images and this run has {info.n_val}: "
+            "it was trained on some of them; give its data.val_fraction"
         )
     try:
         return dict(theirs), list(saved.plan["steps"]), saved.module()

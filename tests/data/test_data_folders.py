@@ -277,6 +277,24 @@ def test_a_folders_splits_become_train_val_and_test(tmp_path, splits, sizes):
     assert (ds.info.name, ds.info.classes, ds.info.fit, ds.info.channels) == ("pets", ("cat", "dog"), "resize-crop", 3)
 
 
+def test_a_share_for_validation_where_there_is_a_folder_for_it_is_refused(tmp_path):
+    write_folder(tmp_path, {"train": 10, "val": 4, "test": 3})
+    with pytest.raises(UsageError, match=r"val_fraction = 0.4.*leave it out"):
+        load(str(tmp_path), image_size=16, workers=0, val_fraction=0.4)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_fingerprint_is_of_the_images(tmp_path, monkeypatch, held):
+    if not held:
+        monkeypatch.setattr("prunectl.data.folders.MEMORY_BYTES", 1000)
+    write_folder(tmp_path, {"train": 10, "val": 4}, size=(32, 32))
+    first = load(str(tmp_path)).fingerprint()
+    assert load(str(tmp_path), train_images=5, workers=0).fingerprint() == first
+    (gone,) = (tmp_path / "train" / "cat").rglob("3.png")
+    gone.unlink()
+    assert load(str(tmp_path), workers=0).fingerprint() != first
+
+
 def test_an_unlabelled_test_folder_is_not_the_test(tmp_path):
     write_folder(tmp_path, {"train": 10, "val": 4})
     save(tmp_path / "test" / "unlabelled.png", (40, 30), seed=1)
@@ -320,7 +338,9 @@ def test_small_images_that_exceed_memory_stay_files_with_the_same_pixels(tmp_pat
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-@pytest.mark.parametrize("build", ["nothing", "flat train", "no val", "empty class", "strange class", "lacking class", "a file"])
+@pytest.mark.parametrize(
+    "build", ["nothing", "flat train", "no val", "empty class", "strange class", "lacking class", "one class", "a file"]
+)
 def test_other_layouts_are_data_missing(tmp_path, build):
     root = tmp_path / "set"
     root.mkdir()
@@ -338,6 +358,9 @@ def test_other_layouts_are_data_missing(tmp_path, build):
     elif build == "lacking class":
         write_folder(root, {"train": 2, "val": 1})
         save(root / "train" / "bird" / "0.png", (8, 8), seed=0)
+    elif build == "one class":
+        for split in ("train", "val"):
+            save(root / split / "images" / "0.png", (8, 8), seed=0)
     elif build == "a file":
         root = root / "x.txt"
         root.write_text("")
@@ -347,6 +370,7 @@ def test_other_layouts_are_data_missing(tmp_path, build):
     assert str(root) in message and "\n" not in message
     says = {
         "nothing": "no folder train",
+        "one class": "one class folder, 'images'",
         "flat train": "no class folders",
         "no val": "no labelled images",
         "empty class": "bird holds no images",

@@ -10,6 +10,7 @@ import torch
 
 from prunectl.errors import ExitStatus, UnknownName, UsageError
 from prunectl.models import build, input_size
+from prunectl.models.userfile import sources
 
 NET = """
 from torch import nn
@@ -71,6 +72,15 @@ def test_a_class_is_a_function_and_neighbours_can_be_imported(tmp_path: Path) ->
     path_before = list(sys.path)
     assert make(write(tmp_path, text), "Net")(torch.zeros(1, 8)).shape == (1, 5)
     assert sys.path == path_before
+
+
+def test_its_sources_are_the_file_and_the_neighbours_that_it_imports(tmp_path: Path) -> None:
+    path = write(tmp_path, "import torch\nfrom neighbour import WIDTH\n")
+    write(tmp_path, "import mine\nimport parts.inner\nWIDTH = 8\n", "neighbour.py")
+    write(tmp_path, "", "another.py")
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts", "", "inner.py")
+    assert {p.name for p in sources(f"{path}:net")} == {"mine.py", "neighbour.py", "inner.py"}
 
 
 @pytest.mark.parametrize(

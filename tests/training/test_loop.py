@@ -102,9 +102,10 @@ def test_the_average_is_the_exponential_one():
     net = _net()
     state = _state(net, average={k: v.clone() for k, v in net.state_dict().items()})
     expected = {k: v.clone() for k, v in net.state_dict().items()}
-    for _ in steps(state, _Data(), CPU, lambda _: 0.05, epochs=1, steps_per_epoch=8, batch_size=5, seed=0, objective=Objective(ema=0.8)):
+    for s in steps(state, _Data(), CPU, lambda _: 0.05, epochs=1, steps_per_epoch=8, batch_size=5, seed=0, objective=Objective(ema=0.3)):
+        kept = min(0.3, s.index / (9 + s.index))  # 0.1, 0.18, 0.25, 0.3, 0.3, ...
         for k, v in net.state_dict().items():
-            expected[k] = 0.8 * expected[k] + 0.2 * v if v.is_floating_point() else v.clone()
+            expected[k] = kept * expected[k] + (1 - kept) * v if v.is_floating_point() else v.clone()
     assert state.average is not None
     assert all(torch.allclose(state.average[k], v, rtol=1e-5, atol=1e-7) for k, v in expected.items())
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from running import comparable, forked, only_run, prunectl, run_folders, start
 
 import prunectl as package
@@ -227,8 +228,12 @@ def test_when_every_checkpoint_is_spoilt_it_begins_again_and_says_so(undisturbed
     run = _interrupted_after("train", 2, tmp_path)
     for path in run.glob("checkpoints/*.safetensors"):
         path.write_bytes(b"")
-    resumed = prunectl(*_command("train", tmp_path, "--resume"))
-    assert resumed.code == 0 and resumed.err.count("warning: ") == 2 and "starting from the beginning" in resumed.out
+    again = _Impatient()
+    again.at = "epoch   1/"
+    with pytest.raises(Interrupted, match=r"everything up to epoch 0 .* is saved"):  # what is saved now is newer than what was spoilt
+        train(resolve("train", model="resnet8", dataset="fashion-mini", sets=SETTINGS["train"]), Options(out=tmp_path, resume=True), again)
+    assert len(again.warnings) == 2
+    assert prunectl(*_command("train", tmp_path, "--resume")).code == 0
     _must_equal(run, undisturbed["train"])
 
 
@@ -289,6 +294,36 @@ def test_a_users_network_that_changed_meanwhile(tmp_path):
     assert (
         failed.code == 2 and "do not fit" in failed.err and "--overwrite" in failed.err and failed.err.count("\n") == 2
     )  # a warning before it
+
+
+def test_other_images_are_refused_and_another_format_is_said(tmp_path):
+    """A photo less, and all parts are drawn anew: what is validated on would have been trained on."""
+    for place in (f"{split}/{name}/{k}.png" for split, n in (("train", 30), ("val", 4)) for name in ("cat", "dog") for k in range(n)):
+        (tmp_path / "pets" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (3 * len(place), 7, 9)).save(tmp_path / "pets" / place)
+    sets = [*SMALL[:1], "train.epochs=3", "train.batch_size=10", "train.precision=fp32"]
+    recipe, ui = resolve("train", model="resnet8", dataset=str(tmp_path / "pets"), sets=sets), _Impatient()
+    ui.at = "epoch   2/"
+    with pytest.raises(Interrupted):
+        train(recipe, Options(out=tmp_path / "runs"), ui)
+    gone = tmp_path / "pets" / "train" / "cat" / "3.png"
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(UsageError, match=r"images of pets are not those.*--overwrite"):
+        train(recipe, Options(out=tmp_path / "runs", resume=True), Console())
+    gone.write_bytes(content)
+    info = only_run(tmp_path / "runs") / "run.json"
+    info.write_text(info.read_text().replace('"precision": "fp32"', '"precision": "bf16"'))
+    result = train(recipe, Options(out=tmp_path / "runs", resume=True), Console())
+    assert result["warnings"] == ["this run began with precision bf16 and goes on with fp32: its result is of both"]
+
+
+def test_a_start_that_was_validated_on_other_images_is_said(undisturbed, tmp_path):
+    argv = (*_command("train", tmp_path, "--from", undisturbed["train"], "--epochs", "0")[:3], "--from", undisturbed["train"])
+    words = (*argv, "--epochs", 0, "--out", tmp_path, "--json")
+    assert prunectl(*words, "--set", "data.val_fraction=0.02").document["warnings"] == []
+    (said,) = prunectl(*words, "--set", "data.val_fraction=0.1").document["warnings"]
+    assert "was trained on some of them" in said
 
 
 def test_an_unfinished_run_asks_what_to_do_and_overwrite_begins_again(undisturbed, tmp_path):
