@@ -94,7 +94,7 @@ def run(cell: Cell, runs: str, results: Path) -> None:
     result = answer(cell, runs)
     kept = {k: v for k, v in result.items() if k not in BULKY}
     kept["run"] = Path(result["run"]).name
-    kept.update({k: Path(v).name for k, v in kept.items() if k in ("ticket", "compact", "dense", "saved") and v})
+    kept.update({k: Path(v).name for k, v in kept.items() if k in ("ticket", "compact", "dense", "saved", "start") and v})
     if kept.get("channel_tickets"):
         kept["channel_tickets"] = [t | {"saved": Path(t["saved"]).name} for t in kept["channel_tickets"]]
     if "detectors" in result:

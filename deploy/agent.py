@@ -398,15 +398,14 @@ def trtexec_version(guard, trtexec):
     return (n // 1000, n // 100 % 10, n % 100) if n < 10000 else (n // 10000, n // 100 % 100, n % 100)
 
 
-def build_command(version, trtexec, onnx, plan, cache, request, workspace_mb, shapes):
+def build_command(version, trtexec, onnx, plan, cache, request, workspace_mb, sizes):
     """The trtexec call that builds an engine and runs nothing, in the dialect of its version (NVIDIA/TensorRT, sampleOptions.cpp)."""
     memory = "--workspace=%d" if version < (8, 4) else "--memPoolSize=workspace:%d"
     command = [trtexec, "--onnx=" + onnx, "--saveEngine=" + plan, "--timingCacheFile=" + cache, memory % workspace_mb]
     flags = {"fp16": ["--fp16"], "int8": ["--int8", "--fp16"]} if version < (11,) else {}  # from 11 on, precision is written in the graph
     command += ["--buildOnly" if version < (8, 6) else "--skipInference"] + flags.get(request["precision"], [])
     command += ["--sparsity=" + request["sparsity"]] if request["sparsity"] != "disable" else []
-    least = "--minShapes=" + re.sub(r":\d+x", ":1x", shapes or "")
-    return command + ([least, "--optShapes=" + shapes, "--maxShapes=" + shapes] if shapes else [])
+    return command + (["--minShapes=" + re.sub(r":\d+x", ":1x", sizes), "--optShapes=" + sizes, "--maxShapes=" + sizes] if sizes else [])
 
 
 def run_command(version, trtexec, plan, times, request, shapes):
@@ -646,7 +645,7 @@ def by_hand(args):
     paths = {file_sha256(path): path for path in args.onnx}
     names = [os.path.basename(path) for path in paths.values()]
     names = [os.fsencode(n).decode("utf-8", "replace") for n in (names if len(set(names)) == len(names) else paths.values())]
-    request["models"] = [{"name": name, "sha256": sha256, "batch": args.batch} for name, sha256 in zip(names, paths)]
+    request["models"] = [{"name": name, "sha256": sha256, "batch": args.batch, "shapes": args.shapes} for name, sha256 in zip(names, paths)]
     if args.out and not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
         raise Refused("output", "-o %s: its folder is not there, or cannot be written to" % args.out)
 
@@ -678,6 +677,7 @@ def main(argv):
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default=DEFAULTS["precision"])
     parser.add_argument("--sparsity", choices=["disable", "enable"], default=DEFAULTS["sparsity"], help="enable: kernels for 2:4 zeros")
     parser.add_argument("--batch", type=int, help="images in one inference; default: as the file was exported")
+    parser.add_argument("--shapes", help="of an input whose batch is free, as trtexec takes them: input:8x3x224x224")
     parser.add_argument("--spin-wait", action="store_true", help="lower latency, more power")
     for option in ("workspace_mb", "repeats", "warmup_s", "duration_s", "idle_s", "period_ms", "refresh_probe_s"):
         parser.add_argument("--" + option.replace("_", "-"), type=type(DEFAULTS[option]), default=DEFAULTS[option])

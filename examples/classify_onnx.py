@@ -25,6 +25,8 @@ if meta["fit"] == "resize-crop":  # as photos are: the centre of a picture whose
     image = square(image.resize([short * side // min(image.size) for side in image.size], Image.Resampling.BILINEAR), size)
 else:
     image = square(image, min(image.size))
+    if meta["fit"] == "pad" and (native := json.loads(meta.get("native", "0"))):
+        image = image.resize((native, native), Image.Resampling.BILINEAR)
     if meta["fit"] == "pad" and image.width <= size:
         border = (size - image.width) // 2
         image = image.crop((-border, -border, size - border, size - border))  # black outside

@@ -65,7 +65,7 @@ def find_ticket(
         "ticket.probe": probe,
         "ticket.weights": weights,
         "ticket.repair": "merge" if merge else repair,
-        "ticket.round_to": int(round_to) if round_to and round_to.lstrip("-").isdigit() else round_to,
+        "ticket.round_to": int(round_to) if round_to and round_to.removeprefix("-").isdecimal() else round_to,
         "ticket.keep": keep,
         "ticket.search_only": search_only,
     }

@@ -29,7 +29,8 @@ class DatasetInfo:
 
     image_size: H = W of what the network sees. fit: how an image gets there: `none`; `pad` (black border); `resize`
     (bilinear, the whole square image); `resize-crop` (photos: shorter side to image_size * 256/224, then the centre).
-    mean, std: per channel, of pixels / 255. augment: what training images undergo besides."""
+    native: H = W of the images before that; of photos, which have every size, image_size. mean, std: per channel, of
+    pixels / 255. augment: what training images undergo besides."""
 
     name: str
     classes: tuple[str, ...]
@@ -42,6 +43,7 @@ class DatasetInfo:
     n_val: int
     n_test: int
     augment: str
+    native: int
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}

@@ -108,6 +108,7 @@ def load(
         n_val=len(splits["val"]),
         n_test=len(splits["test"]),
         augment=policy,
+        native=size if source.photos else source.image_size,
         **stats,
     )
     processes = default_workers() if workers is None else workers

@@ -5,7 +5,9 @@ The ONNX metadata alone is enough to classify an image with nothing of ours inst
 
 from __future__ import annotations
 
+import glob
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunectl.errors import CorruptFile, UsageError
-from prunectl.files import sha256, write_json
+from prunectl.files import UNFINISHED, sha256, write_json
 
 SCHEMA = 1
 
@@ -24,7 +26,8 @@ class InputSpec:
     """What the network is fed with and what its outputs mean.
 
     shape: (C, H, W). mean, std: per channel, of pixels / 255. fit: how an image gets to H x W: `none`, `pad`, `resize` or
-    `resize-crop`. dtype: `float32` is normalised input, `uint8` pixels that the graph normalises itself."""
+    `resize-crop`. native: H = W of the images that `pad` puts a border around; 0 in older files, which do not say.
+    dtype: `float32` is normalised input, `uint8` pixels that the graph normalises itself."""
 
     shape: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -32,6 +35,7 @@ class InputSpec:
     classes: tuple[str, ...]
     dataset: str
     fit: str = "none"
+    native: int = 0
     name: str = "input"
     dtype: Literal["float32", "uint8"] = "float32"
 
@@ -47,8 +51,9 @@ class InputSpec:
         try:
             size = int(data["image_size"])
             shape = (int(data["channels"]), size, size)
-            return cls(shape, tuple(data["mean"]), tuple(data["std"]), tuple(data["classes"]), data["name"], data["fit"])
-        except (KeyError, TypeError, ValueError) as problem:
+            native = int(data.get("native", 0))
+            return cls(shape, tuple(data["mean"]), tuple(data["std"]), tuple(data["classes"]), data["name"], data["fit"], native)
+        except (KeyError, TypeError, ValueError, UsageError) as problem:
             what = f"{type(problem).__name__}: {problem}"
             raise CorruptFile(f"the network's plan.json does not say which images it takes ({what}); write the model again") from problem
 
@@ -71,7 +76,8 @@ class InputSpec:
         """Raises UsageError if the texts were not written by `to_metadata`."""
         text = {"dataset", "fit", "name", "dtype"}
         try:
-            return cls.from_dict({k: texts[k] if k in text else json.loads(texts[k]) for k in cls.__dataclass_fields__})
+            said = {"native": "0", **texts}
+            return cls.from_dict({k: said[k] if k in text else json.loads(said[k]) for k in cls.__dataclass_fields__})
         except (KeyError, ValueError, TypeError) as problem:
             raise UsageError(
                 f"the ONNX file's metadata does not say how to prepare an image ({problem}); export it with prunectl"
@@ -142,7 +148,7 @@ def read_record(model: Path) -> Artifact:
         record = Artifact.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UsageError(f"{path} is missing; it is written beside {model.name} by an export") from None
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CorruptFile(f"{path} is not the record of an export ({problem}); export again") from problem
     if record.sha256 != sha256(model):
         raise CorruptFile(f"{model} is not the file that {path.name} describes (sha256 differs); export again")
@@ -165,7 +171,9 @@ def drafted(model: Path) -> Iterator[Path]:
     Else nothing is left of them, and an earlier file stays. Raises UsageError if they cannot be written."""
     with writing(model):
         model.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=model.parent, prefix=f".{model.stem}.")
+        for left_by_a_crash in model.parent.glob(f".{glob.escape(model.stem)}.*{UNFINISHED}"):
+            shutil.rmtree(left_by_a_crash, ignore_errors=True)
+        folder = tempfile.TemporaryDirectory(dir=model.parent, prefix=f".{model.stem}.", suffix=UNFINISHED)
     with folder as name:
         draft = Path(name) / model.name
         yield draft

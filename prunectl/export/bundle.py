@@ -24,15 +24,17 @@ class Bundle:
     bytes: int
 
 
-def write(folder: Path, model: Path, agent: Path, *, sparse: bool = False) -> Bundle:
+def write(folder: Path, model: Path, agent: Path, *, sparse: bool = False, shapes: str | None = None) -> Bundle:
     """The bundle of an exported file, in `folder`: whole, or nothing of it; an earlier bundle there is replaced.
 
-    agent: deploy/agent.py. sparse: the engine may skip 2:4 zeros. Raises UsageError if `folder` holds something else or
+    agent: deploy/agent.py. sparse: the engine may skip 2:4 zeros. shapes: trtexec's words for an input whose batch is free.
+    Raises UsageError if `folder` holds something else or
     cannot be written, CorruptFile if the model is not the one its record describes."""
     record = read_record(model)
     if folder.exists() and not (folder / SUMS).is_file():
         raise UsageError(f"{folder} exists and is no bundle; choose another --out")
-    options = [*([f"--batch {record.batch}"] if record.batch else []), *(["--sparsity enable"] if sparse else [])]
+    options = [f"--batch {record.batch}"] if record.batch else [f"--shapes {shapes}"] if shapes else []
+    options += ["--sparsity enable"] if sparse else []
     command = " ".join(["python3 agent.py bench", MODEL, f"--precision {record.precision}", *options, "-o raw.json"])
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,10 @@ class View:
 
     @cached_property
     def inferred(self) -> ModelProto:
-        return onnx.shape_inference.infer_shapes(self.model, data_prop=True)
+        try:
+            return onnx.shape_inference.infer_shapes(self.model, data_prop=True)
+        except onnx.shape_inference.InferenceError as problem:
+            raise CorruptFile(f"the ONNX graph contradicts itself ({str(problem).splitlines()[0]}); export it again") from problem
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,13 +125,15 @@ def read(path: Path) -> ModelProto:
     if not path.is_file():
         raise UsageError(f"{path} is not a file; expected an ONNX model")
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        model = onnx.load(str(path), format="protobuf", load_external_data=False)
         outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (DecodeError, ValueError) as problem:
         raise CorruptFile(f"{path} is not a readable ONNX file ({problem}); export it again") from problem
     except (OSError, onnx.checker.ValidationError) as problem:
         raise CorruptFile(f"{path} keeps weights in other files that cannot be read ({problem}); copy them beside it") from problem
+    if odd := [n for n in model.graph.node if not isinstance(n.op_type, str) or not isinstance(n.name, str)]:
+        raise CorruptFile(f"{path} has {len(odd)} nodes whose names are no text; export it again")
     if not model.graph.node or not model.opset_import:
         raise CorruptFile(f"{path} holds no ONNX graph; export it again")
     if outside:

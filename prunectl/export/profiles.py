@@ -28,7 +28,7 @@ class Profile:
     graph or a flag of the engine build. sparsity: patterns of zeros that the target skips. round_to: the lint tells of
     widths that are no multiple. tensorrt: the oldest TensorRT served, None for ONNX Runtime. operators: the file in data/ that
     lists its importers. types: the tensor types it reads, None for all. ahead_of_time: its engines are compiled without
-    its GPU. refused: precision -> why it is not offered."""
+    its GPU. board: they are built on a Jetson, as a desktop's GPU makes none for it. refused: precision -> why it is not offered."""
 
     name: str
     opset: int
@@ -44,6 +44,7 @@ class Profile:
     operators: str | None = None
     types: frozenset[str] | None = None
     ahead_of_time: bool = False
+    board: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -130,6 +131,7 @@ def orin() -> Profile:
         tensorrt=(8, 5),
         operators="trt85_ops.txt",
         types=BASIC_TYPES | {"UINT8"},
+        board=True,
     )
 
 
@@ -148,6 +150,7 @@ def tx2() -> Profile:
         tensorrt=(8, 2),
         operators="trt82_ops.txt",
         types=BASIC_TYPES,
+        board=True,
         refused={"int8": "its GPU (sm_62, Pascal) has no INT8 instructions"},
     )
 

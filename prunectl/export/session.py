@@ -22,6 +22,7 @@ from prunectl.files import sha256
 
 Floats = NDArray[np.float32]
 MARGIN = 256 / 224  # the share of a photo's shorter side around the crop, as in training (Krizhevsky et al. 2012, and since)
+REFUSALS = (ort_errors.Fail, ort_errors.InvalidArgument, ort_errors.InvalidGraph, ort_errors.NotImplemented, ort_errors.RuntimeException)
 PIECE = 32  # images that a graph with a free batch is given at once
 
 
@@ -41,9 +42,9 @@ def open_session(model: Path | bytes, *, threads: int | None = None) -> ort.Infe
         options.intra_op_num_threads = threads
     try:
         return ort.InferenceSession(str(model) if isinstance(model, Path) else model, options, providers=["CPUExecutionProvider"])
-    except ort_errors.InvalidProtobuf as problem:
+    except (ort_errors.InvalidProtobuf, UnicodeDecodeError) as problem:
         raise CorruptFile(f"{name} is not a readable ONNX file; export it again") from problem
-    except (ort_errors.Fail, ort_errors.InvalidGraph, ort_errors.NotImplemented, ort_errors.RuntimeException) as problem:
+    except REFUSALS as problem:
         reason = str(problem).strip().splitlines()[0]
         raise VerificationFailed(f"ONNX Runtime {ort.__version__} refuses {name}: {reason}") from problem
 
@@ -123,6 +124,8 @@ def prepare(image: Image.Image, spec: InputSpec) -> NDArray[np.uint8]:
         image = _centre(image.resize(_scaled(image.size, short), Image.Resampling.BILINEAR), height)
     elif image.width != image.height:
         image = _centre(image, min(image.size))
+    if spec.fit == "pad" and spec.native:
+        image = image.resize((spec.native, spec.native), Image.Resampling.BILINEAR)
     if spec.fit == "pad" and image.width <= height:
         canvas = Image.new(image.mode, (height, height))
         canvas.paste(image, ((height - image.width) // 2,) * 2)

@@ -76,14 +76,11 @@ def measure(model: ModelProto, *, n: int | None = None, m: int | None = None) ->
 
 
 def require_pattern(zeros: Zeros) -> None:
-    """Raises VerificationFailed if no layer keeps the pattern, or one that could keep it has blocks that break it.
-
-    A layer whose blocks nearly all break it was never meant to keep it (a first or last layer): it counts as dense."""
+    """Raises VerificationFailed if no layer could keep the pattern, or one that could has blocks that break it."""
     could = [layer for layer in zeros.layers if layer.groups]
     kept = [layer for layer in could if not layer.broken]
-    damaged = [layer for layer in could if 0 < layer.broken <= layer.groups // 2]
-    if damaged or not kept:
-        worst = max(damaged or could, key=lambda layer: layer.broken, default=None)
+    if len(kept) < len(could) or not kept:
+        worst = max(could, key=lambda layer: layer.broken, default=None)
         example = f", e.g. {worst.broken} of {worst.groups} blocks of {worst.layer}" if worst else ""
         raise VerificationFailed(
             f"the file is not {zeros.n}:{zeros.m} sparse: {len(kept)} of {len(could)} layers keep the pattern{example}; "

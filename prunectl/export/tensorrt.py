@@ -150,7 +150,7 @@ def _cached(path: Path) -> Engine | None:
         gpus = tuple(fields["compiler"].pop("gpus"))
         compiler = Compiler(**fields.pop("compiler"), gpus=gpus)
         found = Engine(**{**fields, "path": path, "compiler": compiler, "flags": tuple(fields["flags"]), "cached": True})
-    except (ValueError, KeyError, TypeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise CorruptFile(f"{record} is not the record of an engine ({problem}); remove it and {path.name}") from problem
     return found if found.sha256 == sha256(path) else None
 

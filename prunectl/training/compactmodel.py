@@ -159,6 +159,7 @@ def read(path: Path) -> CompactModel:
         for key in ("model", "steps", "data", "params", "macs", "parent", "weights_sha256"):
             plan[key]
         _ = plan["model"]["name"].rpartition, [float(logit) for logit in plan.get("answer") or ()]
+        _ = plan["params"] + plan["macs"] + 0, plan["parent"] + "", "".join(plan["data"].get("classes") or ())
         for section, keys in (("model", ("name", "in_channels", "image_size")), ("data", ("name",))):
             for key in keys:
                 plan[section][key]
@@ -176,6 +177,8 @@ def locate(path: Path) -> Path:
     if path.is_file() and path.name in (PLAN, WEIGHTS):
         return path.parent
     if path.is_file():
+        if path.suffix == ".onnx":
+            raise UsageError(f"{path} is an ONNX file already: check it with export --lint-only, time it with bench; expected a run")
         if path.suffix != ".json":
             read_tensors(path)  # says so when it is a pickle
         raise UsageError(f"{path} is no saved model: expected a run folder or a folder with {PLAN}")

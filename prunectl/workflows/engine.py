@@ -59,14 +59,16 @@ def place(profile: Profile | None, host: str | None) -> Place:
         return tensorrt.rtx_compiler()
     if host is not None:
         return Board(checked_host(host))
-    try:
-        return tensorrt.local_compiler()
-    except DeviceUnavailable as e:
-        reason = str(e)
+    reason = None
+    if profile is None or not profile.board:
+        try:
+            return tensorrt.local_compiler()
+        except DeviceUnavailable as e:
+            reason = str(e)
     try:
         return Board(jetson_host(None))
-    except DeviceUnavailable:
-        return Nowhere(reason)
+    except DeviceUnavailable as e:
+        return Nowhere(reason or str(e))
 
 
 def default_profile(where: Place, python: tuple[str, ...] = Settings.python) -> str:
@@ -92,12 +94,15 @@ def build(where: Place, model: Path, record: Artifact, profile: Profile, *, spar
 
     sparse: 2:4 zeros may be skipped. Raises DeviceUnavailable, VerificationFailed, UsageError."""
     if isinstance(where, Nowhere):
-        return _bundled(where, model, sparse)
+        return _bundled(where, model, record, sparse)
     ui.say(f"building the engine of {model.name} on {where.name if isinstance(where, Board) else 'this machine'}; this can take minutes")
     built = (
         _on_board(where, model, record, profile, sparse, ui) if isinstance(where, Board) else _here(where, model, record, profile, sparse)
     )
     unmeasured = dict.fromkeys(("max_abs_diff", "top1_agreement", "accuracy"))
+    if record.batch is None:
+        built["batch"] = [1, LARGEST_BATCH]
+        ui.say(f"the engine takes 1 to {LARGEST_BATCH} images a call and is tuned for {LARGEST_BATCH}")
     return {**built, "kind": "engine", **unmeasured, "reason": "an engine runs on its GPU alone: prunectl bench times it there"}, None
 
 
@@ -111,8 +116,7 @@ def _here(compiler: Compiler, model: Path, record: Artifact, profile: Profile, s
 
 
 def _on_board(board: Board, model: Path, record: Artifact, profile: Profile, sparse: bool, ui: Console) -> dict[str, Any]:
-    shape = "x".join(map(str, (LARGEST_BATCH, *record.input.shape)))
-    task = OnnxModel(model, model.name, record.batch or LARGEST_BATCH, None if record.batch else f"{record.input.name}:{shape}")
+    task = OnnxModel(model, model.name, record.batch or LARGEST_BATCH, _shapes(record))
     settings = Settings(precision=record.precision, sparsity="enable" if sparse else "disable")
     (made,) = build_engines((task,), settings, host=board.host, say=ui.say)
     _check_reader(board.name, made.tensorrt, profile, record.precision)
@@ -121,6 +125,12 @@ def _on_board(board: Board, model: Path, record: Artifact, profile: Profile, spa
     facts = {"path": made.path, "sha256": made.sha256, "bytes": made.bytes, "build_s": made.build_s, "cached": made.cached}
     place = {"host": board.name, "compiler": f"trtexec {made.tensorrt}", "gpus": [made.board]}
     return {**facts, **place, "command": list(made.command), "simulated_by": list(made.simulated_by)}
+
+
+def _shapes(record: Artifact) -> str | None:
+    """trtexec's words for the input of a file whose batch is free."""
+    sizes = "x".join(map(str, (LARGEST_BATCH, *record.input.shape)))
+    return None if record.batch else f"{record.input.name}:{sizes}"
 
 
 def _check_reader(where: str, version: str, profile: Profile, precision: str) -> None:
@@ -140,8 +150,8 @@ def _check_reader(where: str, version: str, profile: Profile, precision: str) ->
         )
 
 
-def _bundled(where: Nowhere, model: Path, sparse: bool) -> tuple[dict[str, Any], str]:
-    packed = bundle.write(model.with_suffix(".bundle"), model, agent_path(), sparse=sparse)
+def _bundled(where: Nowhere, model: Path, record: Artifact, sparse: bool) -> tuple[dict[str, Any], str]:
+    packed = bundle.write(model.with_suffix(".bundle"), model, agent_path(), sparse=sparse, shapes=_shapes(record))
     note = f"no engine: {where.reason}; wrote the bundle {packed.path}: copy it to the board and run there: {packed.command}"
     return {
         "path": str(packed.path.resolve()),

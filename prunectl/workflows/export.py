@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from prunectl.console import Console
 from prunectl.data import Dataset
-from prunectl.errors import DataMissing, UsageError, VerificationFailed
+from prunectl.errors import CorruptFile, DataMissing, UsageError, VerificationFailed
 from prunectl.export import graph, lint, onnx, quantize, sparsity, verify
-from prunectl.export.artifact import Artifact, InputSpec, Provenance, drafted, record_path, write_record
+from prunectl.export.artifact import Artifact, InputSpec, Provenance, drafted, read_record, record_path, write_record
 from prunectl.export.profiles import Profile
 from prunectl.export.profiles import load as load_profile
 from prunectl.export.session import load_onnx_session, pixels_of
@@ -68,9 +68,12 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
     request = replace(request, profile=profile.name)
     target, plan = target_of(request), source.saved.plan
     check_folder(target.parent)
+    _check_free(target, plan["parent"])
     spec = InputSpec.from_data(plan["data"])
     images = _images(source, request, ui)
-    module = source.network(zeros_asked)
+    module = source.network(zeros_asked, images)
+    if request.precision == "int8" and images is not None:
+        source.require_same(images)
 
     ui.say(f"writing {target.name}: opset {profile.opset}, for {profile.reader}")
     fp32 = onnx.build(module, spec, profile, batch=request.batch)
@@ -92,10 +95,11 @@ def export(request: Request, ui: Console) -> dict[str, Any]:
         record = onnx.save(model, draft, spec=spec, profile=profile, precision=request.precision, provenance=provenance, measured=measured)
         if images is not None:
             record = _measured_file(draft, record, images, ui)
-            if request.precision != "int8" and zeros_asked is None:
-                _require_accuracy(draft, record, source.test_accuracy())
-    if images is not None and request.precision == "int8":
-        _report_int8(onnx.lowered(fp32, spec, profile, "fp32"), model, record, images, ui)
+            full = record.accuracy
+            if request.precision == "int8":
+                full = _report_int8(onnx.lowered(fp32, spec, profile, "fp32"), model, record, images, ui)
+            if zeros_asked is None:
+                _require_accuracy(draft, full, source.test_accuracy())
 
     computes = profile.graph_precision(request.precision)
     artifacts, note = [_entry(target, record) | {"graph_precision": computes}], None
@@ -145,7 +149,7 @@ def target_of(request: Request) -> Path:
     parts = [network.resolve().name]
     if request.sparsity:
         zeros = parse_sparsity(request.sparsity)
-        parts.append(f"s{zeros:g}" if isinstance(zeros, float) else "s{}of{}".format(*zeros))
+        parts.append(f"s{zeros}" if isinstance(zeros, float) else "s{}of{}".format(*zeros))
     if request.uint8_input:
         parts.append("uint8")
     if request.batch != 1:
@@ -175,16 +179,31 @@ def _check(request: Request, profile: Profile, pattern: Pattern | None) -> None:
 def check_folder(folder: Path) -> None:
     """Raises UsageError if it is no folder that can be written to, and none can be made there; makes none yet."""
     if not writable(folder):
+        raise UsageError(f"{folder} cannot be written to: {_obstacle(folder)}; choose another --out")
+
+
+def _obstacle(folder: Path) -> str:
+    try:
         there = _existing(folder)
-        raise UsageError(
-            f"{folder} cannot be written to: {there} is {'not writable' if there.is_dir() else 'a file'}; choose another --out"
-        )
+    except OSError as e:
+        return e.strerror or str(e)
+    return f"{there} is {'not writable' if there.is_dir() else 'a file'}"
+
+
+def _check_free(target: Path, run: str) -> None:
+    """Raises UsageError if the file there is of another run: of its own it is replaced."""
+    try:
+        there = read_record(target).provenance.run
+    except (UsageError, CorruptFile):  # nothing there, or nothing whole
+        return
+    if there != run:
+        raise UsageError(f"{target} is of another run, {there}, and would be replaced: choose another --out")
 
 
 def writable(folder: Path) -> bool:
     """It is a folder that takes files, or can be made."""
-    there = _existing(folder)
     try:
+        there = _existing(folder)
         with tempfile.TemporaryFile(dir=there):
             return True
     except OSError:
@@ -208,9 +227,11 @@ def _images(source: Source, request: Request, ui: Console) -> Dataset | None:
 
 def _calibration(images: Dataset | None, request: Request, ui: Console) -> Iterator[Tensor]:
     if request.precision == "int8" and images is not None:
-        wanted = max(CALIBRATION, request.batch or 0)
-        ui.say(f"calibrating INT8 on {wanted} training images")
-        yield from images.sample(wanted, seed=0, split="train")[0].split(BATCH)
+        chosen, _ = images.sample(max(CALIBRATION, request.batch or 0), seed=0, split="train")
+        if len(chosen) < (request.batch or 0):
+            raise UsageError(f"--batch {request.batch}: INT8 is calibrated on the {len(chosen)} training images; take a smaller batch")
+        ui.say(f"calibrating INT8 on {len(chosen)} training images")
+        yield from chosen.split(BATCH)
 
 
 def _proof(
@@ -259,30 +280,30 @@ def _test_split(images: Dataset, label: str, ui: Console) -> Iterator[tuple[Tens
     return ui.track(images.eval_batches("test", batch_size=BATCH), total=math.ceil(images.info.n_test / BATCH), label=label)
 
 
-def _require_accuracy(path: Path, record: Artifact, expected: float | None) -> None:
-    """Raises VerificationFailed if the file is not as accurate as its run was on the same images."""
-    assert record.accuracy is not None
-    if expected is not None and abs(record.accuracy - expected) > RUN_SLACK:
+def _require_accuracy(path: Path, found: float | None, expected: float | None) -> None:
+    """Raises VerificationFailed if the file, in full precision, is not as accurate as its run was on the same images."""
+    if found is not None and expected is not None and abs(found - expected) > RUN_SLACK:
         raise VerificationFailed(
-            f"{path.name} has {record.accuracy:.2f} % on the test images where its run had {expected:.2f} %: "
+            f"{path.name} has {found:.2f} % on the test images where its run had {expected:.2f} %: "
             "are they the same images? Name their folder with --data-dir"
         )
 
 
-def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset, ui: Console) -> None:
-    """Where INT8 lost more than a point against FP32 on the test split, the layers that lost most.
+def _report_int8(fp32: ModelProto, model: ModelProto, record: Artifact, images: Dataset, ui: Console) -> float:
+    """The accuracy in FP32 on the test split; where INT8 lost more than a point against it, says which layers lost most.
 
     fp32: the graph of the same input, pixels or normalised values, in full precision."""
     assert record.accuracy is not None
     full = verify.accuracy(verify.classifier(fp32, record.input), _test_split(images, "accuracy in FP32", ui)).top1
     if full - record.accuracy <= PRECISION_SLACK:
-        return
+        return full
     size = graph.static_batch(fp32) or FEW
     few = images.sample(size, seed=0, split="val")[0].numpy()
     few = np.resize(few, (size, *few.shape[1:]))
     worst = quantize.layer_errors(fp32, model, pixels_of(few, record.input) if record.input.dtype == "uint8" else few)[:5]
     layers = ", ".join(f"{e.layer} ({e.signal_to_noise_db:.0f} dB)" for e in worst)
     ui.warn(f"INT8 has {record.accuracy:.2f} % where FP32 has {full:.2f} %; the layers with the lowest signal-to-noise ratio: {layers}")
+    return full
 
 
 def _estimated(half: ModelProto | None, record: Artifact, precision: str, images: Dataset, ui: Console) -> dict[str, Any]:

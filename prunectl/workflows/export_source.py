@@ -9,10 +9,10 @@ from torch import nn
 
 from prunectl import data
 from prunectl.data import Dataset
-from prunectl.errors import DataMissing, UnknownName, UsageError
+from prunectl.errors import CorruptFile, DataMissing, UnknownName, UsageError, VerificationFailed
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.recipe import Recipe, Sfw, read_back
-from prunectl.rundir import RunDir
+from prunectl.rundir import RunDir, read_json
 from prunectl.training import compactmodel
 from prunectl.training.compactmodel import CompactModel
 from prunectl.workflows.sweep import calibration_images, pruned, pruned_nm
@@ -54,8 +54,6 @@ class Source:
     @classmethod
     def at(cls, path: Path, data_dir: Path | None) -> Source:
         """Raises UsageError when `path` is neither a finished run nor a saved network, CorruptFile."""
-        if path.suffix == ".onnx" and path.is_file():
-            raise UsageError(f"{path} is an ONNX file already: check it with --lint-only, time it with prunectl bench; expected a run")
         saved = compactmodel.read(compactmodel.locate(path))
         run = RunDir(home(saved.path))
         return cls(saved, read_back(run.recipe) if run.recipe.is_file() else None, data_dir)
@@ -87,17 +85,30 @@ class Source:
             )
         return images
 
-    def network(self, sparsity: float | Pattern | None) -> nn.Module:
+    def require_same(self, images: Dataset) -> None:
+        """Raises VerificationFailed if they are not those of its run; of runs that wrote no fingerprint nothing is known."""
+        run = RunDir(home(self.saved.path))
+        recorded = read_json(run.info).get("images") if run.info.is_file() else None
+        if recorded not in (None, images.fingerprint()):
+            raise VerificationFailed(
+                f"the images of {images.info.name} are not those that {run.path} was made with, and batch norm or INT8 would take its "
+                "ranges from them: name their folder with --data-dir"
+            )
+
+    def network(self, sparsity: float | Pattern | None, images: Dataset | None) -> nn.Module:
         """The saved network, or it pruned once as one row of a sweep: batch norm re-estimated on the training images of its run.
 
-        What is ranked and how comes from the run's recipe, or is the default of sfw-prune. Raises DataMissing."""
+        What is ranked and how comes from the run's recipe, or is the default of sfw-prune. images: its own, as `dataset` gives them;
+        None: looked for where they are needed. Raises DataMissing, VerificationFailed."""
         module = self.saved.module()
         if sparsity is None:
             return module
         settings = (self.recipe.sfw if self.recipe else None) or Sfw()
         module = pruned_nm(module, *sparsity) if isinstance(sparsity, tuple) else pruned(module, sparsity, settings)
         if settings.bn_recal:
-            recalibrate_(module, calibration_images(self.dataset(), settings.bn_recal))
+            images = images or self.dataset()
+            self.require_same(images)
+            recalibrate_(module, calibration_images(images, settings.bn_recal))
         return module
 
     def test_accuracy(self) -> float | None:
@@ -106,6 +117,9 @@ class Source:
         if not run.finished or compactmodel.locate(run.path) != self.saved.path.resolve():
             return None
         result = run.read_result()
-        found = result.get("accuracy", {})
-        final = found.get(FINAL.get(result.get("verb", ""), ""))
-        return float(final) if final is not None and found.get("split", "test") == "test" else None
+        try:
+            found = result.get("accuracy", {})
+            final = found.get(FINAL.get(result.get("verb", ""), ""))
+            return float(final) if final is not None and found.get("split", "test") == "test" else None
+        except (AttributeError, TypeError, ValueError) as e:
+            raise CorruptFile(f"{run.result} is damaged ({e}); run the command again with --overwrite") from None

@@ -42,10 +42,14 @@ def _cpu_name() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, where the package is run from one."""
-    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    git = Path(__file__).parents[2] / ".git"
     try:
-        text = head.read_text(encoding="utf-8").strip()
-        return (head.parent / text[5:]).read_text(encoding="utf-8").strip() if text.startswith("ref: ") else text
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        ref = head.removeprefix("ref: ")
+        if ref == head or (git / ref).is_file():
+            return head if ref == head else (git / ref).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {ref}")), None)
     except OSError:
         return None
 

@@ -1,5 +1,6 @@
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from export_nets import SPEC
 
 from prunectl.errors import CorruptFile, UsageError
 from prunectl.export import bundle, onnx
-from prunectl.export.artifact import read_record
+from prunectl.export.artifact import read_record, record_path, write_record
 from prunectl.export.session import load_onnx_session
 
 
@@ -79,11 +80,17 @@ def test_what_fails_leaves_no_folder(tmp_path, saved, agent):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.json", "model.onnx"]
 
 
-def test_the_real_agent_accepts_the_command(tmp_path, saved):
+@pytest.mark.parametrize("shapes", [None, "input:8x3x16x12"])
+def test_the_real_agent_accepts_the_command(tmp_path, saved, shapes):
     agent = Path(__file__).parents[2] / "deploy" / "agent.py"
     if not agent.is_file():
         pytest.skip("deploy/agent.py is not in this checkout")
-    made = bundle.write(tmp_path / "deploy", saved, agent)
+    if shapes:  # a record that says the batch is free
+        shutil.copy(record_path(saved), tmp_path)
+        saved = Path(shutil.copy(saved, tmp_path))
+        write_record(saved, replace(read_record(saved), batch=None))
+    made = bundle.write(tmp_path / "deploy", saved, agent, shapes=shapes)
+    assert ("--shapes input:8x3x16x12" in made.command) == bool(shapes)
     done = subprocess.run([made.path / "run.sh", "--root", str(tmp_path)], capture_output=True, text=True, check=False)
     assert "unrecognized arguments" not in done.stderr
     assert "trtexec" in done.stderr  # it understood, and there is no board here

@@ -99,6 +99,18 @@ def test_a_picture_is_prepared_exactly_as_for_training(fit, size, picture, chann
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_a_larger_picture_is_brought_to_its_own_size_before_the_border(tmp_path):
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 40, 3), dtype=np.uint8))
+    spec = InputSpec((3, 24, 24), SPEC.mean, SPEC.std, ("a",), "d", "pad", native=20)
+    padded = session.prepare(image, spec)
+    assert np.array_equal(padded, session.prepare(image.resize((20, 20), Image.Resampling.BILINEAR), spec))
+    assert padded[..., :2].max() == 0 and padded[0, :, 2:22, 2:22].min() > 0
+    texts = spec.to_metadata()
+    assert InputSpec.from_metadata(texts) == spec
+    del texts["native"]  # as in older files
+    assert InputSpec.from_metadata(texts).native == 0
+
+
 @pytest.mark.parametrize("size", [16, 48])
 def test_resizing_is_that_of_training_to_a_grey_level(size):
     """Pillow rounds after each axis and torch once, so on noise a quarter of the pixels may be off by one, none by more."""

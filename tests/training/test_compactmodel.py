@@ -153,7 +153,9 @@ def test_autocast_around_a_load_changes_nothing(saved):
 
 
 @pytest.mark.parametrize(
-    "change", [{"answer": "abc"}, {"answer": [None]}, {"answer": {"x": 1}}, {"model": {**ARGUMENTS, "name": 5}}], ids=str
+    "change",
+    [{"answer": "abc"}, {"answer": [None]}, {"answer": {"x": 1}}, {"model": {**ARGUMENTS, "name": 5}}, {"macs": "q"}, {"parent": 3}],
+    ids=str,
 )
 def test_a_plan_whose_values_are_of_another_kind(saved, tmp_path, change):
     with pytest.raises(CorruptFile, match=r"plan\.json is damaged"):

@@ -23,7 +23,10 @@ from PIL import Image
 from running import installed, only_run, prunectl
 
 from prunectl import data, load, load_onnx_session
+from prunectl.export import tensorrt
 from prunectl.export.artifact import read_record
+from prunectl.export.profiles import load as load_profile
+from prunectl.workflows import engine
 from prunectl.workflows.export_source import Source
 
 SMALL = ("--set", "model.width=0.5", "--set", "data.train_images=400", "--set", "train.batch_size=50", "--precision", "fp32")
@@ -492,6 +495,45 @@ def test_a_file_that_is_less_accurate_than_its_run_is_not_left_behind(a_copy, tm
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [("--precision", "int8"), ("--profile", "orin", "--sparsity", "2:4"), ("--sparsity", "0.5")])
+def test_nothing_is_re_estimated_on_images_that_are_not_the_runs(options, a_copy, tmp_path):
+    info = json.loads((a_copy / "run.json").read_text())
+    (a_copy / "run.json").write_text(json.dumps(info | {"images": "0" * 64}))
+    prunectl("export", a_copy, "--out", tmp_path / "out", "-q", *options).refused(4, "are not those that", "--data-dir")
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_of_a_run_that_was_more_accurate_is_refused(a_copy, tmp_path):
+    result = json.loads((a_copy / "result.json").read_text())
+    result["accuracy"]["final"] += 10
+    (a_copy / "result.json").write_text(json.dumps(result))
+    prunectl("export", a_copy, "--precision", "int8", "--out", tmp_path / "out", "-q").refused(4, "where its run had")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_of_another_run_is_not_replaced(ticket, tmp_path):
+    _, path = exported(ticket, tmp_path, "--profile", "orin")
+    exported(ticket, tmp_path, "--profile", "orin")
+    record = path.with_suffix(".json")
+    record.write_text(record.read_text().replace(ticket.name, "another-run"))
+    prunectl("export", ticket, "--profile", "orin", "--out", tmp_path).refused(2, "of another run, another-run", "--out")
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(ticket, tmp_path):
+    (tmp_path / ".compact-orin-fp32.y7.tmp").mkdir()
+    exported(ticket, tmp_path, "--profile", "orin")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["compact-orin-fp32.json", "compact-orin-fp32.onnx"]
+
+
+@pytest.mark.parametrize("profile", ["tx2", "orin"])
+def test_a_desktops_tensorrt_builds_nothing_for_a_board(profile, ticket, tmp_path, monkeypatch):
+    monkeypatch.delenv("PRUNECTL_JETSON", raising=False)
+    desktop = tensorrt.Compiler("tensorrt", "10.3.0", ("NVIDIA GeForce RTX 3090 (SM86)",))
+    monkeypatch.setattr(tensorrt, "local_compiler", lambda: desktop)
+    assert engine.place(None, None) == engine.place(load_profile("gpu"), None) == desktop
+    assert isinstance(engine.place(load_profile(profile), None), engine.Nowhere)
+
+
 def test_without_its_images_a_file_is_compared_on_noise_and_int8_refused(a_copy, tmp_path):
     plan = a_copy / "compact" / "plan.json"
     plan.write_text(plan.read_text().replace('"name": "fashion-mini"', '"name": "mnist"'))
@@ -512,6 +554,7 @@ def test_lint_only_on_any_file(ticket, tmp_path):
     assert findings.code == 4 and {"opset", "ir"} <= {f["rule"] for f in json.loads(findings.out)["lint"]}
     assert prunectl("export", "--lint-only", newer).code == 0
     prunectl("export", "nowhere", "--lint-only", newer, "--precision", "fp16").refused(2, "leave --precision and nowhere out")
+    assert prunectl("export", "--lint-only", shutil.copy(newer, tmp_path / "named.json")).code == 0
     (tmp_path / "bad.onnx").write_bytes(newer.read_bytes()[: newer.stat().st_size // 2])
     prunectl("export", "--lint-only", tmp_path / "bad.onnx").refused(4, "not a readable ONNX file")
     prunectl("export", "--lint-only", tmp_path / "none.onnx").refused(2, "not a file")
