@@ -92,7 +92,8 @@ class Ticket(_Section):
     rho: float = Field(0.05, ge=0, description="weight of the bias term of the spline criterion")
     scope: Literal["layerwise", "global"] = "layerwise"
     pooling: Literal["raw", "mean", "macs"] = Field(
-        "raw", description="global scope compares scores as they are, over their layer's mean, or per MAC that a channel costs"
+        "raw",
+        description="global scope compares scores over their layer's mean (its default), as they are, or per MAC that a channel costs",
     )
     repair: Literal["none", "merge", "reconstruct"] = Field(
         "reconstruct", description="what stands in for removed channels: near-copies (merge), or a fitted mix of all that stay"
@@ -127,6 +128,12 @@ class Ticket(_Section):
         if len(given) > 1:
             raise ValueError(f"give one of sparsity, target_macs and target_params, not {' and '.join(given)}")
         return {**value, **({} if given else {"sparsity": 0.5})}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pooled_by_scope(cls, value: Any) -> Any:
+        """Layers are compared over their mean score, unless something else is asked for."""
+        return {"pooling": "mean", **value} if isinstance(value, Mapping) and value.get("scope") == "global" else value
 
     @model_validator(mode="after")
     def _several_draws(self) -> Ticket:

@@ -10,6 +10,7 @@ NETS = ("thin", "wide")
 AT_ONCE = ("--detector", "epoch:1")  # 5 % of the schedule: arms of a criterion are compared at one moment, on one dense network
 HALF = ("--sparsity", "0.5")
 SPLINE = ("--criterion", "spline")
+GLOBAL_RAW = ("--scope", "global", "--set", "ticket.pooling=raw")
 HALFS_MACS = ("--target-macs", "0.253")  # what half of the channels of every layer leaves; half of all channels leaves other MACs
 RIVALS = "benchmarks.tickets.rivals"
 AFTER_TRAINING = "benchmarks.tickets.after_training"
@@ -91,17 +92,19 @@ def criteria() -> list[Cell]:
     ]
     theirs = [
         *_criterion("tp-magnitude", program=RIVALS),
-        *_ticket("tp-lamp-global", "--criterion", "tp-lamp", "--scope", "global", budget=HALFS_MACS, program=RIVALS),
-        *_ticket("tp-magnitude-global", "--criterion", "tp-magnitude", "--scope", "global", budget=HALFS_MACS, program=RIVALS),
+        *_ticket("tp-lamp-global", "--criterion", "tp-lamp", *GLOBAL_RAW, budget=HALFS_MACS, program=RIVALS),
+        *_ticket("tp-magnitude-global", "--criterion", "tp-magnitude", *GLOBAL_RAW, budget=HALFS_MACS, program=RIVALS),
     ]
     spline = [
         *_ticket("spline-rho-0", *SPLINE, "--set", "ticket.rho=0"),
         *_ticket("spline-rho-0.5", *SPLINE, "--set", "ticket.rho=0.5"),
         *_ticket("spline-merge", *SPLINE, "--merge"),
         *_ticket("spline-bare", *SPLINE, "--set", "ticket.repair=none"),
-        *_ticket("spline-global", *SPLINE, "--scope", "global", budget=HALFS_MACS),
-        *_ticket("obs-global", "--criterion", "obs", "--scope", "global", budget=HALFS_MACS),
+        *_ticket("spline-global", *SPLINE, *GLOBAL_RAW, budget=HALFS_MACS),
+        *_ticket("obs-global", "--criterion", "obs", *GLOBAL_RAW, budget=HALFS_MACS),
         *_ticket("obs-bare", "--criterion", "obs", "--set", "ticket.repair=none"),
+        *_pooled("obs", "mean"),
+        *_pooled("obs", "macs"),
         *_pooled("spline", "mean"),
         *_pooled("spline", "macs"),
         *_pooled("l2", "raw"),

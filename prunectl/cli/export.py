@@ -46,15 +46,18 @@ def export(
     from prunectl.workflows import export as workflow
 
     if lint_only is not None:
-        writing: dict[str, object] = {
+        writing = {
             "--trt": trt,
-            "--host": host,
-            "--sparsity": sparsity,
-            "--batch": batch,
+            "--host": host is not None,
+            "--sparsity": sparsity is not None,
+            "--batch": batch is not None,
             "--dynamic-batch": dynamic_batch,
+            "--uint8-input": uint8_input,
+            "--out": out is not None,
+            "--data-dir": data_dir is not None,
+            "--precision": precision != "fp32",
+            str(path): path != LATEST,
         }
-        writing |= {"--uint8-input": uint8_input, "--out": out, "--data-dir": data_dir}
-        writing |= {"--precision": precision != "fp32", str(path): path != LATEST}
         if unused := [flag for flag, value in writing.items() if value]:
             raise UsageError(f"--lint-only checks one file for a --profile and writes none: leave {' and '.join(unused)} out")
         result = workflow.lint_only(lint_only, profile, ui)

@@ -35,6 +35,7 @@ NOISE = 8  # random ones
 CALIBRATION = 512  # training images that set INT8's ranges
 BATCH = 250
 PRECISION_SLACK = 1.0  # points of accuracy that a lower precision may cost before it is spoken of
+IN_THE_RECORD_ONLY = ("schema", "file", "kernel_params", "input", "engine_flags", "provenance")
 FEW = 8  # images whose every activation is looked at
 RUN_SLACK = 2.0  # points: a run may have been measured in bfloat16, which decides close calls otherwise; no file is further off
 
@@ -321,22 +322,8 @@ def _estimated(half: ModelProto | None, record: Artifact, precision: str, images
 
 
 def _entry(path: Path, record: Artifact) -> dict[str, Any]:
-    fields = record.to_dict()
-    kept = (
-        "kind",
-        "profile",
-        "precision",
-        "sha256",
-        "bytes",
-        "opset",
-        "ir",
-        "params",
-        "macs",
-        "max_abs_diff",
-        "top1_agreement",
-        "accuracy",
-    )
-    return {"path": str(path.resolve()), **{k: fields[k] for k in kept}, "record": str(record_path(path).resolve())}
+    kept = {k: v for k, v in record.to_dict().items() if k not in IN_THE_RECORD_ONLY}
+    return {"path": str(path.resolve()), **kept, "record": str(record_path(path).resolve())}
 
 
 def _precision(artifact: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ KEYS = {
     "bytes",
     "opset",
     "ir",
+    "batch",
     "params",
     "macs",
     "max_abs_diff",
