@@ -110,6 +110,12 @@ def test_a_budget_in_a_file_replaces_that_of_its_base(tmp_path):
     assert ticket and (ticket.sparsity, ticket.target_macs) == (None, 0.4)
 
 
+def test_global_scope_compares_mean_scores_unless_told_otherwise():
+    assert _find().ticket.pooling == "raw"
+    assert _find(overrides={"ticket.scope": "global"}).ticket.pooling == "mean"
+    assert _find(overrides={"ticket.scope": "global"}, sets=["ticket.pooling=raw"]).ticket.pooling == "raw"
+
+
 def test_a_section_set_as_a_whole_leaves_what_is_set_in_it():
     assert _find(sets=["train.lr=0.5", "train={}"], overrides={"train.epochs": 6}).train.epochs == 6
 
