@@ -192,8 +192,6 @@ def begin(recipe: Recipe, run: RunDir, options: Options, ui: Console, make_optim
         model = models.build(**arguments, seed=recipe.seed)
     if not any(p.requires_grad for p in model.parameters()):
         raise UsageError(f"model {recipe.model.name}: all its weights are frozen (requires_grad is False), so nothing can be trained")
-    if recipe.train.warmup_epochs > LONGEST_WARMUP * recipe.train.epochs > 0:
-        ui.warn(f"train.warmup_epochs = {recipe.train.warmup_epochs:g} is over half of {recipe.train.epochs} epochs: warming up for half")
     session = Session(recipe, run, ui, images, placement, arguments, TrainState(model, _nothing()), pruned)
     session.make_optimizer, session.resume = make_optimizer, options.resume
     adopt(session, model)
@@ -261,6 +259,9 @@ def enter(session: Session, keeper: Keeper | None = None) -> bool:
     record(session)
     dist.together()
     new = not _resume(session, keeper)
+    t = session.recipe.train
+    if t.warmup_epochs > LONGEST_WARMUP * t.epochs > 0:
+        session.ui.say(f"train.warmup_epochs = {t.warmup_epochs:g} is over half of {t.epochs} epochs: warming up for half")
     dist.together()
     return new
 
