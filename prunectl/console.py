@@ -22,6 +22,7 @@ class Console:
     json: bool = False
     verbosity: int = 0  # -1 quiet, 0 normal, 1 verbose
     progress: bool = True
+    silent: bool = False  # of several processes all but the first: warnings are kept and not shown
     warnings: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     stdout: TextIO | None = None  # where the document goes; default sys.stdout
@@ -47,7 +48,8 @@ class Console:
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
-            self._err.print(f"warning: {text}", style="yellow")
+            if not self.silent:
+                self._err.print(f"warning: {text}", style="yellow")
 
     def error(self, text: str) -> None:
         self._err.print(f"error: {text}", style="red")

@@ -103,7 +103,7 @@ class Ticket(_Section):
     weights: str = "inherit"
     detector: str = "spline"
     eps: float | None = Field(None, gt=0, description="null: the detector's own default")
-    window: int | None = Field(None, ge=1, description="null: the detector's own default")
+    window: int | None = Field(None, ge=1, le=1_000_000, description="null: the detector's own default")
     code: Literal["relu", "bn"] = "relu"
     probe: Literal["batch", "canvas"] = "batch"
     probe_images: int = Field(256, ge=2, description="of one alone, no unit can be both on and off")
@@ -326,6 +326,8 @@ def resolve(
     for section in SECTION_OF.values():
         if section != SECTION_OF.get(verb):
             settings.pop(section, None)  # of another verb's recipe
+    if verb != "find-ticket" and "distill" in _section(settings, "train"):
+        settings["train"] = {k: v for k, v in settings["train"].items() if k != "distill"}  # as well
     settings = {**settings, "verb": verb, "model": {**_section(settings, "model"), "name": name}}
     settings["data"] = {**_section(settings, "data"), "name": dataset}
     if verb in SECTION_OF:

@@ -110,6 +110,12 @@ def test_a_budget_in_a_file_replaces_that_of_its_base(tmp_path):
     assert ticket and (ticket.sparsity, ticket.target_macs) == (None, 0.4)
 
 
+def test_what_only_tickets_read_is_left_out_of_a_training(tmp_path):
+    file = _file(tmp_path, "train: {distill: 0.5, lr: 0.3}\nticket: {rho: 0.1}")
+    assert resolve("train", model="resnet8", dataset="fashion-mini", file=file).train.distill == 0
+    assert _find(file=file).train.distill == 0.5
+
+
 def test_global_scope_compares_mean_scores_unless_told_otherwise():
     assert _find().ticket.pooling == "raw"
     assert _find(overrides={"ticket.scope": "global"}).ticket.pooling == "mean"
@@ -154,6 +160,7 @@ def test_dashes_and_underscores_are_equal_in_keys_and_names():
         ("train: {milestones: [0.5, 0.2]}", "milestones.*increasing"),
         ("train: {milestones: [80, 120]}", "milestones.*between 0 and 1"),
         ("train: {epochs: 1.5}", "train.epochs = 1.5"),
+        ("ticket: {window: 99999999999999999999}", "ticket.window"),
         ("train: {lr: .nan}", "train.lr.*finite"),
         ("train: {lr: .inf}", "train.lr.*finite"),
         ("ticket: {round_to: 8.5}", "ticket.round_to = 8.5: must be auto"),

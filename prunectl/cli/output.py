@@ -17,7 +17,7 @@ def console(talk: Talk) -> Console:
     if talk.json:
         _keep_stdout_for_the_document()
     if not is_first_rank():
-        return Console(verbosity=-1, progress=False)
+        return Console(verbosity=-1, progress=False, silent=True)
     return Console(json=talk.json, verbosity=-1 if talk.quiet else talk.verbose, progress=not talk.no_progress, stdout=stdout())
 
 

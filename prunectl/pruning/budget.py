@@ -52,13 +52,14 @@ class Budget:
     def refusal(self, nearest: float, smallest: float, finest: float, round_to: int) -> str:
         """nearest: the share that comes nearest; smallest, finest: the least that can be kept, at this multiple and at any width."""
         finer = f" with widths in multiples of {round_to}; try --round-to 1 or auto" if round_to > 1 and self.keeps >= finest else ""
+        removes = ", which removes nothing" if nearest >= 1 else ""
         if self.metric == "channels":
             return (
-                f"--sparsity {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {1 - nearest:.3f},"
+                f"--sparsity {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {1 - nearest:.3f}{removes},"
                 f" and of the channels that may go at most {1 - smallest:.3f}{finer}"
             )
         return (
-            f"--target-{self.metric} {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {nearest:.3f},"
+            f"--target-{self.metric} {self.value:g} cannot be met within {100 * self.tolerance:g} %: the nearest is {nearest:.3f}{removes},"
             f" and the least {smallest:.3f} of the dense {self.metric}{finer}"
         )
 

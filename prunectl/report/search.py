@@ -34,7 +34,8 @@ def plot_search(
         curves.axvline(drawn, color="grey", linestyle="--", label="drawn")
     if eps is not None:
         curves.axhline(eps, color="grey", linestyle=":", label="eps")
-    curves.set(xlabel="epochs", ylabel="largest of the last distances", title=title, ylim=(0, None))
+    curves.set(xlabel="epochs", ylabel="largest of the last distances", ylim=(0, None))
+    curves.set_title(title, parse_math=False)  # a path may hold dollar signs
     curves.grid(alpha=0.3)
     if curves.get_legend_handles_labels()[0]:
         curves.legend()

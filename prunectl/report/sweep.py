@@ -24,7 +24,8 @@ def plot_sweep(path: Path, rows: Sequence[dict[str, Any]], *, dense: float, titl
             axes.plot(places, [row[key] for row in rows], marker="o", label=label)
     axes.axhline(dense, color="grey", linestyle="--", label="dense")
     axes.set_xticks(places, [f"{100 * row['sparsity']:g}" for row in rows])
-    axes.set(xlabel="weights removed, %, with no retraining", ylabel=f"{split} accuracy, %", title=title)
+    axes.set(xlabel="weights removed, %, with no retraining", ylabel=f"{split} accuracy, %")
+    axes.set_title(title, parse_math=False)  # a path may hold dollar signs
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic(path) as temporary:

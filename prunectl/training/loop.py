@@ -112,8 +112,8 @@ def steps(
         for i, (x, y) in enumerate(batches):
             model = state.model
             if wrapped is None or wrapped[0] is not model:
+                wrapped = (model, _shared(model, place, place.images(x[:2])) if ranks > 1 else model)
                 model.train()
-                wrapped = (model, nn.parallel.DistributedDataParallel(model) if ranks > 1 else model)
             lr = rate((epoch + i / steps_per_epoch) / epochs)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
@@ -126,6 +126,15 @@ def steps(
                 state.epoch = epoch + 1
                 summary = _summary(epoch + 1, tally, lr)
             yield Step(epoch + done / steps_per_epoch, done, steps_per_epoch, len(y) * ranks, summary)
+
+
+def _shared(model: nn.Module, place: Placement, x: Tensor) -> nn.Module:
+    """The network with gradients averaged over ranks; that some of its parameters get none is to be known beforehand."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    with place.autocast():
+        found = torch.autograd.grad(model(x).float().sum(), wanted, allow_unused=True)
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=any(g is None for g in found))
 
 
 def _one_step(state: TrainState, model: nn.Module, x: Tensor, y: Tensor, place: Placement, objective: Objective, tally: _Tally) -> None:

@@ -172,6 +172,8 @@ def _training(networks: Sequence[Path], tasks: Sequence[TrainModel]) -> tuple[Tr
     result = read_json(run.result) if run.finished else {}
     if result.get("verb") != "find-ticket" or result.get("outcome") != "found" or result["accuracy"]["final"] is None:
         return None, f"{run.path.name} did not train a ticket to the end of its schedule"
+    if result["training_flops"]["ratio"] is None:
+        return None, str(result["training_flops"].get("reason", f"{run.path.name} does not know what its training cost"))
     dense, ticket = by_path[pair[0]], by_path[pair[1]]
     drawn = result["found_epoch"] / read_back(run.recipe).train.epochs
     steps = _steps(result["training_flops"], result["macs"], drawn, dense.input_shape[0])

@@ -71,6 +71,9 @@ def show(result: dict[str, Any], ui: Console, out: Path) -> None:
     dense, ticket, files = result["train"], result["find_ticket"], result["files"]
     found, a, flops = ticket["outcome"] == "found", ticket["accuracy"], ticket["training_flops"]
 
+    def of_ticket(value: Any) -> Any:
+        return value if found else None
+
     def two(value: float | None) -> str | None:
         return None if value is None else f"{value:.2f}"
 
@@ -78,21 +81,23 @@ def show(result: dict[str, Any], ui: Console, out: Path) -> None:
         ratio = None if after is None else f"{after / before:.2f}"
         return [label, si(before), None if after is None else si(after), ratio]
 
-    reports, ratio = result["bench"]["reports"], next(r for r in result["bench"]["ratios"] if r["metric"] == "latency_ms")
+    drawn = f"ticket drawn after {ticket['found_epoch']:g}" if found else "no ticket found"
+    ratio = next(r for r in result["bench"]["ratios"] if r["metric"] == "latency_ms")
+    ms, exported = [f"{r['latency_ms']['p50']:.3f}" for r in result["bench"]["reports"]], result["export"]
     ui.table(
-        f"{MODEL} on {DATASET}: {dense['epochs']} epochs, ticket drawn after {ticket['found_epoch'] if found else 'none found'}",
+        f"{MODEL} on {DATASET}: {dense['epochs']} epochs, {drawn}",
         ["", "dense", "ticket", "ticket/dense"],
         [
             ["validation at the draw, %", two(a["dense_at_draw"]), None, None],
             ["  right after pruning, %", None, two(a["raw"]), None],
             ["  batch norm re-calibrated, %", None, two(a["bn_recalibrated"]), None],
-            ["test at the end, %", two(dense["accuracy"]["top1"]), two(a["final"]), None],
+            ["test at the end, %", two(dense["accuracy"]["top1"]), two(of_ticket(a["final"])), None],
             pair("parameters", dense["params"], ticket["params"]["ticket"]),
             pair("MACs an image", dense["macs"], ticket["macs"]["ticket"]),
-            pair("training FLOPs (search included)", flops["dense"], flops["spent"]),
+            pair("training FLOPs (search included)", flops["dense"], of_ticket(flops["spent"])),
             pair("file, bytes", files["dense"], files["ticket"]),
-            ["test of the ONNX file, %", *(two(result["export"][n]["accuracy"]) for n in ("dense", "ticket")), None],
-            ["ONNX Runtime here, ms an image", *(f"{r['latency_ms']['p50']:.3f}" for r in reports), f"{ratio['median']:.2f}"],
+            ["test of the ONNX file, %", two(exported["dense"]["accuracy"]), two(of_ticket(exported["ticket"]["accuracy"])), None],
+            ["ONNX Runtime here, ms an image", ms[0], of_ticket(ms[1]), of_ticket(f"{ratio['median']:.2f}")],
         ],
     )
     ui.say(f"runs: {out / dense['run']}, {out / ticket['run']}")

@@ -261,7 +261,7 @@ def _budget_of_step(settings: Ticket, draws: int, nth: int, before: dict[str, An
     Only the last draw has the budget to meet; one before it need only come nearer to its share than to the next one's."""
     asked = budget_of(settings)
     keeps, then = (asked.keeps ** (n / draws) for n in (nth, nth + 1))
-    value = 1 - keeps if asked.metric == "channels" else keeps
+    value = asked.value if nth == draws else 1 - keeps if asked.metric == "channels" else keeps
     tolerance = (keeps - then) / 2 / value if nth < draws else asked.tolerance
     if before is None:
         return Budget(asked.metric, value, tolerance=tolerance)

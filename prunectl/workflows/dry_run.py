@@ -63,17 +63,17 @@ def dry_run(recipe: Recipe, options: Options, ui: Console) -> dict[str, Any]:
     }
     if plan:
         result["params"]["ticket"], result["macs"]["ticket"] = plan.cost.params, plan.cost.macs
-        result.update(_foreseen(session.state.model, plan, ui))
+        result.update(_foreseen(session.state.model, plan, "given" if recipe.start else "untrained", ui))
     ui.say("dry run: nothing was written")
     return result
 
 
-def _foreseen(model: nn.Module, plan: TicketPlan, ui: Console) -> dict[str, Any]:
+def _foreseen(model: nn.Module, plan: TicketPlan, which: str, ui: Console) -> dict[str, Any]:
     """The groups that would shrink, and what budgets this network could meet."""
     dense, modules = plan.dense, dict(model.named_modules())
     members = {g.name: [p for p in g.producers if isinstance(modules[p], Dense)] for g in plan.graph.groups}
     ui.table(
-        "coupled channels that can go (widths as the untrained network would be cut)",
+        f"coupled channels that can go (widths as the {which} network would be cut)",
         ["group", "layers that write them", "before", "after", "least"],
         [[name, _named(members[name]), before, after, plan.floors[name]] for name, (before, after) in plan.widths.items()],
     )

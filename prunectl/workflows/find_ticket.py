@@ -60,8 +60,6 @@ def rate_of(session: Session, search: Search, rewarm_epochs: float) -> Callable[
 
 def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any]:
     ticket, recipe, run = search.ticket, session.recipe, session.run
-    if dist.rank() == 0:
-        _write_search(session, search)
     with averaged(session.state):
         session.write_model("compact" if ticket else "dense", session.state.model)
         final = None if settings.search_only and ticket else session.accuracy(recipe.data.final, session.state.model)
@@ -71,6 +69,8 @@ def _finish(session: Session, settings: Ticket, search: Search) -> dict[str, Any
     params = cost.parameters(session.state.model)
     if ticket and dist.rank() == 0:
         write_json(run.ticket, ticket)
+    if dist.rank() == 0:
+        _write_search(session, search)
     deciding = search.record()[search.deciding]["distances"]
     unknown = f"what {recipe.start} cost is not known here" if recipe.start else None
     if ticket and settings.search_only:

@@ -138,11 +138,12 @@ def prepared(recipe: Recipe, run: RunDir, options: Options, ui: Console) -> tupl
         raise UsageError(f"--sfw-init cuts every batch in three, and a batch here has {size}: raise train.batch_size, or leave it out")
     for share in s.sparsity:
         require_share(session.state.model, share, s)
-    changed = {name for name in ("tau", "p", "channels") if getattr(s, name) != Sfw.model_fields[name].default}
+    changed = {name for name in ("tau", "p", "channels", "rescale") if getattr(s, name) != Sfw.model_fields[name].default}
     for flag, given, reader in (
         ("--sfw-init", s.sfw_init and s.constraint == "none", "any set, and there is none"),
         ("--k-fraction", s.k_fraction is not None and s.constraint not in DEFAULT_K_FRACTION, f"{', '.join(DEFAULT_K_FRACTION)}"),
         ("--tau", "tau" in changed and s.constraint == "none", "any set, and there is none"),
+        ("sfw.rescale", "rescale" in changed and s.constraint == "none", "any set, and there is none"),
         ("sfw.p", "p" in changed and s.constraint != "lp", "lp"),
         ("sfw.channels", "channels" in changed and s.constraint != "group-k-support", "group-k-support"),
     ):

@@ -208,6 +208,15 @@ def test_a_training_total_needs_both_networks(run, trained, network):
     assert total["ratio"] is None and total["reason"] == "needs the dense and the pruned network of one find-ticket run"
 
 
+def test_what_a_start_cost_is_in_no_total(run, tmp_path):
+    started = Path(shutil.copytree(run.resolve(), tmp_path / "started"))
+    result = json.loads((started / "result.json").read_text())
+    result["training_flops"] |= {"ratio": None, "reason": "what runs/dense cost is not known here"}
+    (started / "result.json").write_text(json.dumps(result))
+    total = measured(started, *SWIFT, "--train", "--set", "bench.train_steps=1")["train_total_j"]
+    assert total["ratio"] is None and total["reason"] == "what runs/dense cost is not known here"
+
+
 def test_the_networks_of_an_sfw_run(tmp_path):
     """The trained network, and beside it each one with its channels gone for good."""
     small = ("--set", "model.width=0.5", "--set", "data.train_images=200", "--set", "train.batch_size=50", "--bn-recal", "2")

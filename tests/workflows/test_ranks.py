@@ -27,12 +27,25 @@ def _finite(run: Path) -> None:
     assert all(t.isfinite().all() for t in package.load(run).state_dict().values())
 
 
+SPARE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(nn.Conv2d(in_channels, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 13 * 13, num_classes))
+        self[0].spare = nn.Linear(3, 4)
+"""
+
+
 @pytest.mark.parametrize("extra", [(), ("--set", "train.ema=0.9")])
 def test_train(tmp_path, extra):
-    done = _torchrun("train", "resnet8", "fashion-mini", *TINY, "--epochs", 2, *extra, "--out", tmp_path, "--json")
-    assert done.code == 0, done.err
+    """With the average, of a network of which no gradient reaches one layer."""
+    (tmp_path / "net.py").write_text(SPARE)
+    network = (f"{tmp_path / 'net.py'}:Net", "fashion-mini", *TINY[2:]) if extra else ("resnet8", "fashion-mini", *TINY)
+    done = _torchrun("train", *network, "--epochs", 2, *extra, "--out", tmp_path / "runs", "--json")
+    assert done.code == 0 and "UserWarning" not in done.err, done.err
     result = done.document  # one document, not two
-    run = only_run(tmp_path)
+    run = only_run(tmp_path / "runs")
     assert json.loads((run / "result.json").read_text())["accuracy"] == result["accuracy"]
     assert json.loads((run / "run.json").read_text())["hardware"]["ranks"] == 2
     assert [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]

@@ -11,6 +11,11 @@ import sys
 import pytest
 from running import TINY, prunectl
 
+from prunectl.console import Console
+from prunectl.report.search import plot_search
+from prunectl.report.sweep import plot_sweep
+from prunectl.workflows import demo
+
 TRAIN = ("train", "resnet8", "fashion-mini", *TINY, "--epochs", 1)
 
 
@@ -50,3 +55,34 @@ def test_on_a_terminal_there_is_a_bar_that_leaves_no_trace(tmp_path, flags, bars
     os.close(leader)
     assert child.wait(60) == 0
     assert (b"left" in shown) == bars and b"test accuracy" in shown
+
+
+def test_pictures_take_any_name(tmp_path):
+    """matplotlib would read what stands between two dollar signs as a formula."""
+    title = "resnet8 on US$_vs_$_{set"
+    row = {"sparsity": 0.5, "accuracy_raw": 50.0, "accuracy_bn_recalibrated": None}
+    plot_sweep(tmp_path / "sweep.png", [row], dense=90.0, title=title, split="test")
+    plot_search(tmp_path / "search.png", {}, [0.5], [[0.0]], drawn=0.5, eps=None, title=title)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["search.png", "sweep.png"]
+
+
+def test_without_a_ticket_its_column_is_empty(tmp_path, capsys):
+    nothing = {"dense_at_draw": None, "raw": None, "bn_recalibrated": None, "final": 87.5}
+    search = {
+        "outcome": "not-found",
+        "found_epoch": None,
+        "accuracy": nothing,
+        "run": "b",
+        "training_flops": {"dense": 1e12, "spent": 1.1e12},
+    }
+    search |= {"params": {"dense": 78000, "ticket": None}, "macs": {"dense": 9e6, "ticket": None}}
+    dense = {"epochs": 12, "accuracy": {"top1": 88.0}, "params": 78000, "macs": 9e6, "run": "a"}
+    timed = {"reports": [{"latency_ms": {"p50": 0.1}}] * 2, "ratios": [{"metric": "latency_ms", "median": 1.0}]}
+    exported = {"dense": {"accuracy": 88.0}, "ticket": {"accuracy": 87.5}}
+    demo.show(
+        {"train": dense, "find_ticket": search, "export": exported, "bench": timed, "files": {"dense": 1, "ticket": None}},
+        Console(),
+        tmp_path,
+    )
+    said = capsys.readouterr().out
+    assert "no ticket found" in said and "88.00" in said and "87.5" not in said and "1.1 T" not in said
