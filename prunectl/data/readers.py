@@ -23,6 +23,8 @@ from prunectl.errors import DataMissing, NotDownloaded
 EMBEDDED = Path(__file__).parent / "embedded" / "fashion-mini.npz"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
+FIRST_TEST_LABELS = {"MNIST": [7, 2, 1, 0, 4, 1, 4, 9, 5, 9], "FashionMNIST": [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]}
+
 Labelled = tuple[Pixels, Index]
 
 
@@ -47,7 +49,11 @@ def read_mnist(place: Place, torchvision_name: str, *elsewhere: Path) -> Raw:
         if missing := [kind for kind in kinds if not _idx_file(found, kind).exists()]:
             _fetch(place, [_mnist_remote(torchvision_name, kind) for kind in missing])
     files = [_idx_file(found, kind) for kind in kinds]
-    return _in_memory(read_mnist_pair(*files[:2]), read_mnist_pair(*files[2:]))
+    train, test = read_mnist_pair(*files[:2]), read_mnist_pair(*files[2:])
+    whose = next((name for name, first in FIRST_TEST_LABELS.items() if test[1][:10].tolist() == first), torchvision_name)
+    if whose != torchvision_name:
+        raise DataMissing(f"{found} holds {whose}, and {place.name} has files of the same names: name its own folder with --data-dir.")
+    return _in_memory(train, test)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,16 @@ def test_a_flipped_bit_in_gzip_is_noticed(tmp_path):
         read_idx(tmp_path / "x.gz")
 
 
+def test_clothes_are_not_taken_for_digits(tmp_path):
+    """The files of MNIST and Fashion-MNIST have the same names, and either may lie in the folder that was named."""
+    write_mnist(tmp_path)
+    clothes = np.array([9, 2, 1, 1, 6, 1, 4, 6, 5, 7, *range(10), 0, 1, 2], np.uint8)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(clothes)))
+    with pytest.raises(DataMissing, match=r"holds FashionMNIST.*--data-dir"):
+        load("mnist", data_dir=tmp_path)
+    assert load("fashion-mnist", data_dir=tmp_path).info.n_test == 23
+
+
 def test_labels_of_another_length_are_refused(tmp_path):
     write_mnist(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(59, np.uint8))))
