@@ -58,6 +58,11 @@ class Source:
         run = RunDir(home(saved.path))
         return cls(saved, read_back(run.recipe) if run.recipe.is_file() else None, data_dir)
 
+    @property
+    def run(self) -> RunDir:
+        """The folder around it; of a network that lies alone, one without a recipe."""
+        return RunDir(home(self.saved.path))
+
     def dataset(self) -> Dataset:
         """The network's own images, split and seen as it saw them: with its normalisation, not one measured anew.
 
@@ -87,11 +92,10 @@ class Source:
 
     def require_same(self, images: Dataset) -> None:
         """Raises VerificationFailed if they are not those of its run; of runs that wrote no fingerprint nothing is known."""
-        run = RunDir(home(self.saved.path))
-        recorded = read_json(run.info).get("images") if run.info.is_file() else None
+        recorded = read_json(self.run.info).get("images") if self.run.info.is_file() else None
         if recorded not in (None, images.fingerprint()):
             raise VerificationFailed(
-                f"the images of {images.info.name} are not those that {run.path} was made with, and batch norm or INT8 would take its "
+                f"the images of {images.info.name} are not those that {self.run.path} was made with, and batch norm or INT8 would take its "
                 "ranges from them: name their folder with --data-dir"
             )
 
@@ -113,7 +117,7 @@ class Source:
 
     def test_accuracy(self) -> float | None:
         """What its run measured of this very network on the test split, in percent; None where it did not."""
-        run = RunDir(home(self.saved.path))
+        run = self.run
         if not run.finished or compactmodel.locate(run.path) != self.saved.path.resolve():
             return None
         result = run.read_result()

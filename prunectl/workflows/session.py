@@ -385,7 +385,7 @@ def _resume(s: Session, keeper: Keeper | None) -> bool:
     load_state_tensors(s.state.model, s.state.optimizer, found.section("optimizer"))
     if s.state.average is not None:
         s.state.average = {k: v.to(s.place.device) for k, v in found.section("average").items()}
-        s.state.averaged_steps = found.meta["averaged_steps"]
+        s.state.averaged_steps = found.meta.get("averaged_steps", found.epoch * s.batches[0])  # not in checkpoints of earlier versions
     if s.state.scaler is not None and found.meta["scaler"]:
         s.state.scaler.load_state_dict(found.meta["scaler"])
     if keeper:
