@@ -2,7 +2,10 @@
 
 The power is a known function of CLOCK_MONOTONIC with a closed integral, so what a bench says can be compared with the truth."""
 
+from __future__ import annotations
+
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,6 +18,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the sensor process imports this file, and has no need of prunectl
+    from prunectl.bench.records import RawBench, Window
 
 HERE = Path(__file__).parent
 AGENT = HERE.parents[1] / "deploy" / "agent.py"
@@ -45,7 +52,7 @@ class Waveform:
     square: tuple[float, float, float] = (0.0, 1.0, 0.5)
 
     @classmethod
-    def random(cls, seed: int) -> "Waveform":
+    def random(cls, seed: int) -> Waveform:
         rng = random.Random(seed)
         base = rng.uniform(4000, 9000)
         sines = tuple(
@@ -75,6 +82,7 @@ import json, os, sys, time
 sys.path.insert(0, {here!r})
 from standin_board import Waveform
 job = json.loads(sys.argv[1])
+log = open(job["log"], "w", buffering=1)
 waves = dict((path, Waveform(w["base"], tuple(map(tuple, w["sines"])), tuple(w["square"]))) for path, w in job["waves"].items())
 fds = dict((path, os.open(path, os.O_WRONLY)) for path in waves)
 step, begin, k = job["refresh_s"], time.monotonic(), 0
@@ -87,6 +95,7 @@ while time.monotonic() < end and os.getppid() == job["parent"]:
     for path, wave in waves.items():
         mw = wave.integral(last, now) / (now - last)
         os.pwrite(fds[path], b"%10d\\n" % int(round(mw / job["quantum_mw"]) * job["quantum_mw"] * job["scale"]), 0)
+    log.write("%r\\n" % now)
     last = now
 """
 
@@ -96,6 +105,7 @@ class Board:
         self.root = root
         self.cache = root / "home" / ".cache" / "prunectl" / "agent"
         self.trtexec = root / "usr/src/tensorrt/bin/trtexec"
+        self.sensor_log = root / "sensor.log"  # when the sensor process wrote, in s
 
     @property
     def env(self) -> dict[str, str]:
@@ -121,8 +131,9 @@ class Board:
     ) -> Iterator[subprocess.Popen]:
         """The sensor process runs, and moves these rails. Under hwmon the volts stand at 5000 mV, so mA = mW / 5."""
         files = self.sensor_files()
+        self.refresh_s = refresh_s
         job = {
-            "waves": {str(files[rail]): dataclasses.asdict(wave) for rail, wave in waves.items()},
+            "waves": {str(files[rail]): dataclasses.asdict(wave) for rail, wave in waves.items()}, "log": str(self.sensor_log),
             "refresh_s": refresh_s, "quantum_mw": quantum_mw, "life_s": life_s, "parent": os.getpid(),
             "scale": 0.2 if "hwmon" in str(next(iter(files.values()))) else 1.0,
         }  # fmt: skip
@@ -133,6 +144,21 @@ class Board:
         finally:
             process.kill()
             process.wait()
+
+    def tolerance_mj(self, wave: Waveform, raw: RawBench, window: Window) -> float:
+        """How far the window's energy may be from the waveform's: a sensor shows the past and a sampler sees it later, at both edges.
+
+        In time: two refreshes, a sampling period, and all delays that this machine really gave either process; in power: the
+        waveform's range, of the window and as long before and after it. Beside it 0.2 %, for steps inside the window."""
+        start, end = window.start_ns / 1e9, window.end_ns / 1e9
+        period_s = raw.power.period_ms / 1e3
+        late_s = 0.0
+        for stamps, step in ((self.sensor_log.read_text().split(), self.refresh_s), ([t / 1e9 for t in raw.power.t_ns], period_s)):
+            t = [float(stamp) for stamp in stamps]
+            late_s += sum(max(0.0, b - a - step) for a, b in itertools.pairwise(t) if b > start and a < end)
+        lag_s = 2 * self.refresh_s + period_s + late_s
+        levels = [wave.at(start - lag_s + i * (end - start + 2 * lag_s) / 2000) for i in range(2000)]
+        return (max(levels) - min(levels)) * lag_s + 0.002 * wave.integral(start, end)
 
     def running(self) -> list[str]:
         """`PID command` of every process that was started on this board."""
