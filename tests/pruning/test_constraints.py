@@ -75,18 +75,20 @@ def test_gauge_is_the_support_function_of_the_polar(name):
     constraint = SETS[name]
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal(SHAPES.get(name, (8,))))
-    y = torch.from_numpy(rng.standard_normal((20000, *x.shape)))
-    support = torch.stack([-(constraint.lmo(d) * d).sum() for d in y[:2000]])
-    values = (y[:2000] * x).flatten(1).sum(1) / support
-    assert values.max() <= constraint.gauge(x) * (1 + 1e-12)
+    y = torch.from_numpy(rng.standard_normal((2000, *x.shape)))
+    support = torch.stack([-(constraint.lmo(d) * d).sum() for d in y])
+    values = (y * x).flatten(1).sum(1) / support
     best = y[values.argmax()].clone().requires_grad_()
     optimizer = torch.optim.Adam([best], lr=0.02)
-    for _ in range(1500):
+    reached = values.max().item()
+    for _ in range(600):
         objective = (best * x).sum() / -(constraint.lmo(best.detach()) * best).sum()
+        reached = max(reached, objective.item())
         optimizer.zero_grad()
         (-objective).backward()
         optimizer.step()
-    assert objective.item() == pytest.approx(constraint.gauge(x).item(), rel=5e-3)  # subgradient ascent stops near the kink
+    gauge = constraint.gauge(x).item()
+    assert gauge * (1 - 5e-3) <= reached <= gauge * (1 + 1e-12)  # subgradient ascent stays near the kink, on either side
 
 
 @each_set
