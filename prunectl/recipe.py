@@ -104,6 +104,13 @@ class Ticket(_Section):
     detector: str = "spline"
     eps: float | None = Field(None, gt=0, description="null: the detector's own default")
     window: int | None = Field(None, ge=1, le=1_000_000, description="null: the detector's own default")
+    latest: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the schedule after which the ticket is drawn, fires the detector or not: "
+        "0.25 where that is spline with its own eps and window, else 1, never",
+    )
     code: Literal["relu", "bn"] = "relu"
     probe: Literal["batch", "canvas"] = "batch"
     probe_images: int = Field(256, ge=2, description="of one alone, no unit can be both on and off")
@@ -134,6 +141,15 @@ class Ticket(_Section):
     def _pooled_by_scope(cls, value: Any) -> Any:
         """Layers are compared over their mean score, unless something else is asked for."""
         return {"pooling": "mean", **value} if isinstance(value, Mapping) and value.get("scope") == "global" else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_time(cls, value: Any) -> Any:
+        """Who names a detector or its threshold gets its word alone; who names neither gets a ticket early."""
+        if not isinstance(value, Mapping) or value.get("latest") is not None:
+            return value
+        own = canonical(str(value.get("detector", "spline"))) == "spline" and value.get("eps") is None and value.get("window") is None
+        return {**value, "latest": 0.25 if own else 1.0}
 
     @model_validator(mode="after")
     def _several_draws(self) -> Ticket:

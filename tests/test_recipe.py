@@ -211,6 +211,22 @@ def test_a_printed_json_recipe_is_a_recipe_too(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("asked", "latest"),
+    [
+        ([], 0.25),
+        (["ticket.detector=Spline"], 0.25),
+        (["ticket.eps=0.16"], 1),
+        (["ticket.window=3"], 1),
+        (["ticket.detector=early-bird"], 1),
+        (["ticket.latest=0.1"], 0.1),
+        (["ticket.eps=0.16", "ticket.latest=0.1"], 0.1),
+    ],
+)
+def test_a_detector_that_was_chosen_is_waited_for(asked, latest):
+    assert _find(sets=asked).ticket.latest == latest
+
+
+@pytest.mark.parametrize(
     "change",
     [
         "seed=1",

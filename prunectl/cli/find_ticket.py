@@ -24,7 +24,11 @@ def find_ticket(
         str | None, typer.Option(help="which channels go (default obs): see `list criteria`", autocompletion=completion("criteria"))
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="when: spline (default), early-bird, epi or epoch:N", autocompletion=completion("detectors"))
+        str | None,
+        typer.Option(
+            help="when: spline (default: by itself, after a quarter of the schedule at the latest), early-bird, epi or epoch:N",
+            autocompletion=completion("detectors"),
+        ),
     ] = None,
     scope: Annotated[str | None, typer.Option(help="layerwise or global (default layerwise)")] = None,
     eps: Annotated[

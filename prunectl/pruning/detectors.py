@@ -27,11 +27,13 @@ MIN_ALIVE = 0.01  # below this share of last-layer units that tell probe images 
 
 @dataclass(frozen=True)
 class Reading:
-    """One probe: epochs trained, distances to the last snapshots (newest first), and whether the detector fires."""
+    """One probe: epochs trained, distances to the last snapshots (newest first), whether the detector fires, and whether the
+    network says anything."""
 
     epoch: float
     distances: tuple[float, ...]
     fires: bool
+    alive: bool = True
 
     @property
     def max(self) -> float | None:
@@ -71,8 +73,9 @@ class Spline:
         code = CODES[self.code](model, probe, max_bytes=self.max_bytes)
         distances = tuple(code_distance(code, old) for old in reversed(self.past))
         full = len(self.past) == self.window
+        alive = code.alive >= MIN_ALIVE
         self.past.append(code)
-        return Reading(epoch, distances, full and max(distances) < self.eps and code.alive >= MIN_ALIVE)
+        return Reading(epoch, distances, full and max(distances) < self.eps and alive, alive)
 
     def state(self) -> dict[str, Tensor]:
         return to_tensors(self.past)
@@ -99,8 +102,9 @@ class EarlyBird:
         mask = _gamma_mask(model, self.sparsity)
         distances = tuple(float((mask != old).float().mean()) for old in reversed(self.past))
         full = len(self.past) == self.window
+        alive = bool(mask.any()) and not bool(mask.all())
         self.past.append(mask)
-        return Reading(epoch, distances, full and max(distances) < self.eps and bool(mask.any()) and not bool(mask.all()))
+        return Reading(epoch, distances, full and max(distances) < self.eps and alive, alive)
 
     def state(self) -> dict[str, Tensor]:
         return {str(i): m for i, m in enumerate(self.past)}
@@ -132,11 +136,11 @@ class Epi:
         full = len(self.past) == self.window
         stability = 1 - sum(distances) / len(distances) if distances else 0.0
         settled = full and stability > self.tau and len(self.values) == 5 and stability > max(self.values)
-        fires = settled and bool(widths.any())
+        alive = bool(widths.any())
         self.past.append(widths)
         if full:
             self.values.append(stability)
-        return Reading(epoch, distances, fires)
+        return Reading(epoch, distances, settled and alive, alive)
 
     def state(self) -> dict[str, Tensor]:
         return {**{str(i): w for i, w in enumerate(self.past)}, "values": torch.tensor(list(self.values), dtype=torch.float64)}

@@ -80,7 +80,8 @@ def draw(session: Session, settings: Ticket, search: Search, epoch: float) -> di
             (session.state.average or {})[name] += behind
     raw = session.accuracy("val").top1
     recalibrated = _recalibrated(session, settings)
-    what = f"ticket drawn after {epoch:g} epochs by {search.deciding}" if before is None else f"ticket cut further after {epoch:g} epochs"
+    by = f" by {search.deciding}" if search.deciding in search.fires_at else ""
+    what = f"ticket drawn after {epoch:g} epochs{by}" if before is None else f"ticket cut further after {epoch:g} epochs"
     step = f", step {nth} of {search.draws}" if search.draws > 1 else ""
     if nth == search.draws:
         _warn_of_odd_widths(session, settings, plan)

@@ -113,19 +113,7 @@ def _why_none(session: Session, search: Search) -> str:
             f"the {name} detector fired after {at:g} epochs, before the weights to go back to, and not again in {epochs};"
             " rewind to an earlier epoch"
         )
-    return f"the {name} detector did not fire in {epochs} epochs{_how_near(search)}; try a larger --eps, or --detector epoch:N"
-
-
-def _how_near(search: Search) -> str:
-    """What the deciding detector saw when it came nearest to firing; nothing for one without an eps, or without a full window."""
-    eps, window = search.eps, getattr(search.watchers[search.deciding], "window", 0)
-    full = [(r.max, r.epoch) for r in search.readings[search.deciding] if r.max is not None and len(r.distances) == window]
-    if eps is None or not full:
-        return ""
-    least, epoch = min(full)
-    if least < eps:
-        return f"; its distances were below eps {eps:g} only while the rate warmed up, or of a network that tells no images apart"
-    return f"; it came nearest after {epoch:g}, with {least:.3f} where eps is {eps:g}"
+    return f"the {name} detector did not fire in {epochs} epochs{search.how_near()}; try a larger --eps, or --detector epoch:N"
 
 
 def _write_search(session: Session, search: Search) -> None:

@@ -28,7 +28,8 @@ class Search:
     """Detectors by name, what each has read, and after which epochs each fired first.
 
     `rewind`: weights of the epoch that --weights rewind:E names. `ticket`: the record of the drawn ticket, once drawn.
-    warm_up: epochs of a rising rate, in which a partition that hardly moves has not settled but not begun."""
+    warm_up: epochs of a rising rate, in which a partition that hardly moves has not settled but not begun. latest: epochs after
+    which a ticket is drawn that no detector has asked for."""
 
     deciding: str
     watchers: dict[str, Detector]
@@ -36,6 +37,7 @@ class Search:
     per_epoch: int
     not_before: float = 0.0
     warm_up: float = 0.0
+    latest: float = math.inf
     trail: Trail = field(default_factory=Trail)
     draws: int = 1
     draw_every: float = 1.0
@@ -72,6 +74,8 @@ class Search:
         search.readings = {n: [] for n in watchers}
         if ticket.weights.startswith("rewind:"):
             search.not_before = float(ticket.weights[7:])
+        if ticket.latest < 1 and name != "epoch":
+            search.latest = max(ticket.latest * session.recipe.train.epochs, search.not_before, search.warm_up)
         search._require_a_chance(session)
         return search
 
@@ -153,7 +157,7 @@ class Search:
         if step.summary and step.summary.epoch == self.not_before:
             self.rewind = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         images = 0
-        fires = False
+        fires = overdue = False
         with session.place.autocast():
             for name, watcher in self.watchers.items():
                 if name in ("early-bird", "epi") and not step.summary:
@@ -166,8 +170,28 @@ class Search:
                 if reading.fires and (isinstance(watcher, Epoch) or step.done > self.warm_up - 1e-9):
                     self.fires_at.setdefault(name, reading.epoch)
                     fires = fires or (name == self.deciding and step.done > self.not_before - 1e-9)
+                if name == self.deciding and reading.alive and len(self.readings[name]) >= watcher.soonest:
+                    overdue = step.done > self.latest - 1e-9
         session.spent_flops += cost.forward_flops(session.macs, images)
-        return dist.told(fires)
+        if dist.told(fires):
+            return True
+        if overdue := dist.told(overdue):
+            session.ui.warn(
+                f"the {self.deciding} detector has not fired in {step.done:g} epochs{self.how_near()}: the ticket is drawn all the same"
+                " (--set ticket.latest=1 waits for the detector)"
+            )
+        return overdue
+
+    def how_near(self) -> str:
+        """What the deciding detector saw when it came nearest to firing; nothing for one without an eps, or without a full window."""
+        eps, window = self.eps, getattr(self.watchers[self.deciding], "window", 0)
+        full = [(r.max, r.epoch) for r in self.readings[self.deciding] if r.max is not None and len(r.distances) == window]
+        if eps is None or not full:
+            return ""
+        least, epoch = min(full)
+        if least < eps:
+            return f"; its distances were below eps {eps:g} only while the rate warmed up, or of a network that tells no images apart"
+        return f"; it came nearest after {epoch:g}, with {least:.3f} where eps is {eps:g}"
 
     def record(self) -> dict[str, Any]:
         return {

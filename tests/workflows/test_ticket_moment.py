@@ -118,3 +118,24 @@ def test_the_default_detector_can_fire(tmp_path):
 
 def test_the_canvas_probe(tmp_path):
     assert prunectl(*FIND, *AT_1, "--probe", "canvas", "--search-only", "--out", tmp_path).code == 0
+
+
+def test_the_ticket_is_drawn_at_a_quarter_of_the_schedule_at_the_latest(tmp_path):
+    """A dead network never is, and weights to go back to are waited for."""
+    never = (*FIND, "--epochs", "8", "--eps", "1e-9", "--set", "train.warmup_epochs=0", "--out", tmp_path, "--json", "--set")
+    drawn = prunectl(*never, "ticket.latest=0.2").document
+    assert drawn["outcome"] == "found" and drawn["found_epoch"] == 1.75  # the first look of four an epoch at or after 1.6
+    assert drawn["detectors"]["spline"]["fires_at"] is None and len(drawn["warnings"]) == 1
+    assert "has not fired in 1.75 epochs; it came nearest after" in drawn["warnings"][0] and "ticket.latest=1" in drawn["warnings"][0]
+    rewound = prunectl(*never, "ticket.latest=0.2", "--weights", "rewind:2").document
+    assert rewound["found_epoch"] == 2
+    file = tmp_path / "silent.py"
+    file.write_text(
+        "import torch\n\ndef silent(num_classes=10, in_channels=3, **_):\n"
+        "    last = torch.nn.Conv2d(16, 16, 3)\n    last.bias.data.fill_(-1e6)\n    return torch.nn.Sequential(\n"
+        "        torch.nn.Conv2d(in_channels, 16, 3), torch.nn.ReLU(), last, torch.nn.ReLU(),\n"
+        "        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, num_classes))\n"
+    )
+    dead = ["find-ticket", f"{file}:silent", *never[2:]]
+    dead[dead.index("model.width=0.5")] = "ticket.latest=0.2"
+    assert prunectl(*dead[:-1]).document["outcome"] == "not-found"
