@@ -159,13 +159,14 @@ def _interleave(
         say(f"idle baseline, {settings.idle_s:.0f} s")
         windows.append(latency.idle_window(settings.idle_s, mark=mark))
     span = {"warmup_s": settings.warmup_s, "duration_s": settings.duration_s}
-    for repeat in range(settings.repeats):
-        for i, (model, call) in enumerate(zip(job.models, calls, strict=True)):
-            say(f"{model.name}, repeat {repeat + 1} of {settings.repeats}")
-            windows.append(latency.load_window(call, artifact=i, repeat=repeat, **span, iterations=settings.iterations, mark=mark))
-    for repeat in range(settings.repeats):
-        for i, (task, step) in enumerate(zip(job.train, steps, strict=True), len(calls)):
-            say(f"training {task.name}, repeat {repeat + 1} of {settings.repeats}")
-            counts = {"steps": task.steps, "warmup_steps": task.warmup_steps}
-            windows.append(latency.train_window(step, artifact=i, repeat=repeat, **counts, mark=mark))
+    with latency.quiet_heap():
+        for repeat in range(settings.repeats):
+            for i, (model, call) in enumerate(zip(job.models, calls, strict=True)):
+                say(f"{model.name}, repeat {repeat + 1} of {settings.repeats}")
+                windows.append(latency.load_window(call, artifact=i, repeat=repeat, **span, iterations=settings.iterations, mark=mark))
+        for repeat in range(settings.repeats):
+            for i, (task, step) in enumerate(zip(job.train, steps, strict=True), len(calls)):
+                say(f"training {task.name}, repeat {repeat + 1} of {settings.repeats}")
+                counts = {"steps": task.steps, "warmup_steps": task.warmup_steps}
+                windows.append(latency.train_window(step, artifact=i, repeat=repeat, **counts, mark=mark))
     return tuple(windows)

@@ -181,7 +181,8 @@ class Board:
         """What a bench left on the board beside its cached engines: folders, half files, processes, the lock. It may take a moment."""
         until = time.monotonic() + within_s
         while True:
-            files = [str(p) for p in self.cache.rglob("*") if "session" in p.name or p.suffix == ".part"] if self.cache.exists() else []
+            entries = [Path(place, name) for place, folders, names in os.walk(self.cache) for name in (*folders, *names)]
+            files = [str(p) for p in entries if "session" in p.name or p.suffix == ".part"]  # walk bears what vanishes meanwhile
             locks = [line for line in Path("/proc/net/unix").read_text().splitlines() if line.endswith(f"@prunectl-agent:{self.root}")]
             found = files + self.running() + locks
             if not found or time.monotonic() > until:

@@ -1,6 +1,7 @@
 """Devices of this machine: what they measure agrees with a clock held beside them."""
 
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -74,6 +75,19 @@ def test_two_models_in_turns_on_the_cpu(pair):
     if raw.power.source is None:
         assert result.reports[0].energy.mj_per_inference is None
         assert "no power sensor answers" in result.reports[0].energy.reason
+
+
+def test_the_garbage_collector_keeps_away_and_comes_back():
+    gc.unfreeze()  # the suite freezes what it imported
+    try:
+        with latency.quiet_heap():
+            assert gc.get_freeze_count() > 10_000  # torch alone is more
+            with latency.quiet_heap():
+                pass
+            assert gc.get_freeze_count() > 10_000  # its own, not the inner one's
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
 
 
 def test_every_core_this_process_may_use(pair):

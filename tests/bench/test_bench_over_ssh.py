@@ -79,10 +79,10 @@ def test_a_run_on_a_board(layout, profile, tmp_path, sshd, run, monkeypatch):
         board = standin_board.orin(tmp_path / "board")
         (board.root / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.0, GCID: 1, BOARD: generic\n")
     board.set_trtexec(version=8601, bytes_per_ms=100_000.0)
-    wave = Waveform(6000, ((300, 3.0, 0.4),), (400, 0.4, 0.5))  # fast, so that a window of 2 s holds many of its periods
+    wave = Waveform(6000, ((300, 3.0, 0.4),), (400, 0.4, 0.5))  # fast, so that a window of 1 s holds some of its periods
     with sshd(board) as server, board.powered({"VDD_IN": wave}, quantum_mw=5):
         monkeypatch.setenv("PRUNECTL_SSH", server.ssh)
-        document = measured(run, *HASTE, "--duration", "2", "--repeats", "3")
+        document = measured(run, *HASTE, "--duration", "1", "--repeats", "3")
     assert board.leftovers() == []
     assert document["simulated"] and "simulated" in document["warnings"][0] and document["run"] == str(run.resolve())
     dense, ticket = document["reports"]
