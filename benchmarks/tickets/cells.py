@@ -35,6 +35,11 @@ def _at(percent: int, net: str, seed: int) -> list[Cell]:
     return [Cell(f"{name}-{percent}", net, seed, "find-ticket", options, program=program) for name, options, program in ranked]
 
 
+def again() -> list[Cell]:
+    """Where l2 led the default by more than the deviation of three pairs: three pairs more, of seeds that nothing had run with."""
+    return [cell for seed in (3, 4, 5) for cell in _at(30, "wide", seed) if cell.arm in ("default-30", "l2-30")]
+
+
 def steep() -> list[Cell]:
     """Which criterion wins where most channels go and criteria differ: the wide net, three seeds, validation only."""
     ranked = [(name, ("--criterion", name)) for name in ("obs", "spline", "spline-signed", "l2", "taylor", "random")]
@@ -144,4 +149,4 @@ def full() -> list[Cell]:
     return [cell for net in nets for cell in (Cell("dense", net, 0, "train"), Cell("default-50", net, 0, "find-ticket", HALF))]
 
 
-STAGES = {"rivals": rivals, "draws": draws, "criteria": criteria, "steep": steep, "goal": goal, "full": full}
+STAGES = {"rivals": rivals, "again": again, "draws": draws, "criteria": criteria, "steep": steep, "goal": goal, "full": full}

@@ -62,7 +62,8 @@ def test_the_readme_quotes_what_the_pages_say() -> None:
 
 @pytest.mark.parametrize("stage", [*stages.STAGES.values(), *trained_stages.STAGES.values()], ids=lambda stage: stage.__name__)
 def test_every_cell_asks_for_a_recipe_that_there_is(stage, capsys) -> None:  # type: ignore[no-untyped-def]
-    for cell in (c for c in stage() if c.program == "prunectl" and c.seed == 0):
+    first = min(c.seed for c in stage())
+    for cell in (c for c in stage() if c.program == "prunectl" and c.seed == first):
         assert run([*cell.command("runs")[1:], "--print-recipe"]) == 0, cell.name
         assert json.loads(capsys.readouterr().out)
 
