@@ -231,13 +231,11 @@ def discover(root, guard=None):
                 continue
             wrap, rail = read_number(os.path.join(os.path.dirname(files[0]), "max_energy_range_uj")), {"name": name, "unit": unit}
             rails.append(dict(rail, files=files, wrap=wrap, step_mw=step_mw(files)))
-        # tegrastats is a program that must be run: under a guard only
-        command = tegrastats(root, 100) if guard and source == "ina3221-hwmon" and not rails else None
+        command = tegrastats(root, 100) if guard and source == "ina3221-hwmon" and not rails else None  # to be run: under a guard
         if command:
             said, source = run(guard, command, 1.5)[1], "tegrastats"  # it never ends by itself
-            rails = [
-                dict(name=found[0], unit="mW", files=[], wrap=None, step_mw=None) for found in TEGRASTATS_RAIL.findall((said or [""])[-1])
-            ]
+            found = TEGRASTATS_RAIL.findall((said or [""])[-1])
+            rails = [dict(name=name, unit="mW", files=[], wrap=None, step_mw=None) for name, _, _ in found]
         if rails:
             rails.sort(key=lambda rail: WHOLE_MODULE.index(rail["name"]) if rail["name"] in WHOLE_MODULE else len(WHOLE_MODULE))
             return source, rails, skipped, None
@@ -270,9 +268,8 @@ def sample(rails, telemetry, period_ms, fast_s, stop, command=None):
     """{t_ns, values, telemetry, sampler}: every rail each period, the rest each second, until the descriptor `stop` is readable."""
     fds = [[os.open(path, os.O_RDONLY) for path in rail["files"]] for rail in rails]
     watched = [(name, [os.open(path, os.O_RDONLY)]) for name, path in sorted(telemetry.items())]
-    t_ns, rows, slow_t, slow, text = [], [], [], [], b""
-    cpu, begin = time.process_time(), time.monotonic()
-    due = next_slow = begin
+    t_ns, rows, slow_t, slow, text, cpu = [], [], [], [], b"", time.process_time()
+    begin = due = next_slow = time.monotonic()
     process = Popen(command, stdin=DEVNULL, stdout=PIPE) if command else None
     sources = [stop, process.stdout] if process else [stop]
     while True:
@@ -477,7 +474,7 @@ class Board(object):
 
         def note(ns, line):
             started.extend([ns] if "Starting inference" in line else [])
-            takes.extend(int(n) for n in re.findall(r"Created input binding for .* with dimensions (\d+)x", line)[:1])
+            takes.extend(int(n) for n in re.findall(r"[Ii]nput binding for .* with dimensions (\d+)x", line)[:1])
 
         what = "trtexec, timing %s," % model["name"]
         write(times, None)  # not the last window's, should trtexec not get to write its own
@@ -596,9 +593,11 @@ def session(request, work):
             guard = Guard(mine + str(os.getpid()))
             return work(request, Board(request, root, cache, guard), held)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise Refused("disk-full", "the board's disk is full: free space in %s" % cache)
+            if error.errno == errno.ENOSPC:
+                raise Refused("disk-full", "the board's disk is full: free space in %s" % cache)
+            if not os.access(cache, os.W_OK):
+                raise Refused("cache", "%s cannot be written by this user: give it to you by chown, or set XDG_CACHE_HOME" % cache)
+            raise
         finally:
             if guard:
                 guard.dismiss()
@@ -635,27 +634,28 @@ def serve(args):
         board.guard.tell(0)  # the host sends no more: if stdin ends now, it is gone
         return carry_out(request, board, held, files, lambda text, at_most_s: emit("phase", text=text, at_most_s=at_most_s))
 
-    size = int(b"".join(receive(12)))
-    emit("result", raw=session(json.loads(b"".join(receive(size)).decode("utf-8")), work))
+    request = json.loads(b"".join(receive(int(b"".join(receive(12))))).decode("utf-8"))  # behind its length
+    emit("result", raw=session(request, work))
 
 
 def by_hand(args):
     """A bench of files on this board, or their engines; the record goes to args.out, or to stdout."""
     request = dict({name: value for name, value in vars(args).items() if name in DEFAULTS}, build_only=args.verb == "build")
-    paths = {file_sha256(path): path for path in args.onnx}
-    names = [os.path.basename(path) for path in paths.values()]
-    names = [os.fsencode(n).decode("utf-8", "replace") for n in (names if len(set(names)) == len(names) else paths.values())]
-    request["models"] = [{"name": name, "sha256": sha256, "batch": args.batch, "shapes": args.shapes} for name, sha256 in zip(names, paths)]
-    if args.out and not os.access(os.path.dirname(os.path.abspath(args.out)), os.W_OK):
-        raise Refused("output", "-o %s: its folder is not there, or cannot be written to" % args.out)
+    paths = {path: file_sha256(path) for path in args.onnx}  # equal files are two models: what differs between them is noise
+    names = [os.path.basename(path) for path in paths]
+    names = [os.fsencode(n).decode("utf-8", "replace") for n in (names if len(set(names)) == len(names) else paths)]
+    request["models"] = [{"name": n, "sha256": s, "batch": args.batch, "shapes": args.shapes} for n, s in zip(names, paths.values())]
+    out = args.out and os.path.realpath(args.out)  # of a link what it leads to; no pipe and no device, which a rename would end
+    if out and (not os.access(os.path.dirname(out), os.W_OK) or (os.path.exists(out) and not os.path.isfile(out))):
+        raise Refused("output", "-o %s: its folder is not there, or cannot be written to, or it is no file" % args.out)
 
     def work(request, board, held):
-        files = {sha256: os.path.join(board.guard.folder, sha256[:20]) for sha256 in paths}  # plain names, whatever the user's are
-        for sha256, path in paths.items():
+        files = {s: os.path.join(board.guard.folder, s[:20]) for s in paths.values()}  # plain names, whatever the user's are
+        for sha256, path in {s: path for path, s in paths.items()}.items():
             os.symlink(os.path.abspath(path), files[sha256])
         return carry_out(request, board, held, files, lambda text, at_most_s: sys.stderr.write(text + "\n"))
 
-    write(args.out, session(request, work))
+    write(out, session(request, work))
 
 
 def sample_until_eof(args):

@@ -6,7 +6,7 @@ trusted has no energy and a reason."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,21 +65,22 @@ def window_energy_mj(raw: RawBench, window: Window) -> float:
     if power.source is None:
         raise NotMeasured(power.reason or "no power sensor")
     rails = {rail.name: rail for rail in power.rails}
-    names = headline(power.rails)
-    for name in names:
-        if rails[name].unit == "mW":
-            check_alive(raw, rails[name])
-    return sum(rail_energy_mj(power, rails[name], window) for name in names)
+    whole = [rails[name] for name in headline(power.rails)]
+    if all(rail.unit == "mW" for rail in whole):
+        check_alive(raw, whole)
+    return sum(rail_energy_mj(power, rail, window) for rail in whole)
 
 
-def check_alive(raw: RawBench, rail: Rail) -> None:
-    """Raises NotMeasured where the rail stood still under load, which a working one does not."""
-    t, values = readings(raw.power, rail.name)
+def check_alive(raw: RawBench, whole: Sequence[Rail]) -> None:
+    """Raises NotMeasured where the module's power stood still under load, which it does not; one of several rails may rest."""
+    together = tuple(None if None in row else sum(row) for row in zip(*(raw.power.values[rail.name] for rail in whole), strict=True))
+    t, values = readings(dataclasses.replace(raw.power, values={"module": together}), "module")
+    step = whole[0].step_mw if len(whole) == 1 else None
     busy = [w for w in raw.windows if w.kind in ("load", "train")]
     inside = [(t >= w.start_ns) & (t <= w.end_ns) for w in busy]
     before = values[t < min((w.start_ns for w in busy), default=0)]
     resting = float(before[-1]) if before.size else None
-    stats.check_alive([(t[i], values[i]) for i in inside], resting=resting, step=rail.step_mw)
+    stats.check_alive([(t[i], values[i]) for i in inside], resting=resting, step=step)
 
 
 def mean_power_mw(raw: RawBench, window: Window) -> float:

@@ -149,6 +149,26 @@ def test_which_rails_are_the_whole_module(names, group):
     assert energy.headline([Rail(name, "mW") for name in names]) == group
 
 
+def test_of_several_rails_one_may_rest():
+    """An AGX Xavier whose CV engines are not used; a module that stands still as a whole is still no measurement."""
+    raw = record()
+    whole = raw.power.values["VDD_IN"]
+    names = ("GPU", "CPU", "SOC", "CV", "VDDRQ", "SYS5V")
+    values = {name: tuple([0.0] * len(whole)) for name in names}
+    rails = tuple(Rail(name, "mW") for name in names)
+    moving = with_power(raw, rails=rails, values={**values, "GPU": whole})
+    assert report(moving).reports[0].energy.mj_per_inference == pytest.approx(60, rel=1e-3)
+    assert "does not update" in report(with_power(raw, rails=rails, values=values)).reports[0].energy.reason
+
+
+def test_the_slowest_models_rate_is_that_of_its_median_window():
+    """One window of the fast network in which little was done says nothing of the slow one."""
+    raw = record()
+    disturbed = next(w for w in raw.windows if w.artifact == 1)
+    windows = tuple(dataclasses.replace(w, latency_ns=w.latency_ns[::8]) if w is disturbed else w for w in raw.windows)
+    assert report(dataclasses.replace(raw, windows=windows)).reports[0].energy.at_rate_per_s == pytest.approx(100.0)
+
+
 def test_an_unknown_board_has_no_headline():
     with pytest.raises(NotMeasured, match="VDD_X, VDD_Y"):
         energy.headline([Rail("VDD_X", "mW"), Rail("VDD_Y", "mW")])

@@ -88,7 +88,8 @@ def infer(flags: dict) -> None:
     next(stream)  # loads what must be loaded
     time.sleep(SETTINGS.get("load_s", 0.0))
     if "batch" in SETTINGS:
-        say("I", f"Created input binding for input with dimensions {SETTINGS['batch']}x3x32x32")
+        shape = f"input with dimensions {SETTINGS['batch']}x3x32x32"
+        say("I", f"Input binding for {shape} is created." if VERSION >= 8600 else f"Created input binding for {shape}")
     say("I", "Starting inference")
     act_out("run")
     zero, warm_ms, rows = time.monotonic(), float(flags["warmUp"]), []

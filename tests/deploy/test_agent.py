@@ -128,8 +128,10 @@ def test_from_tensorrt_11_on_the_file_says_what_it_computes_in(board, dense):
     assert bench(board, dense, "--precision", "int8")["artifacts"][0]["precision"] == "as exported"
 
 
-def test_the_batch_is_what_the_engine_takes(board, dense):
-    board.set_trtexec(version=8601, batch=8)
+@pytest.mark.parametrize("version", [8501, 8601])
+def test_the_batch_is_what_the_engine_takes(board, dense, version):
+    """trtexec says so in other words from 8.6 on (samples/common/sampleInference.cpp)."""
+    board.set_trtexec(version=version, batch=8)
     assert bench(board, dense)["artifacts"][0]["batch"] == 8
     assert "takes 8 images a call, not 4" in refusal(board, dense, "--batch", "4")
 
@@ -411,6 +413,33 @@ def test_a_trtexec_named_from_where_the_user_stands(board, dense):
     process = call(board, "build", dense, "--trtexec", named)
     (engine,) = json.loads(process.communicate(timeout=60)[0])["engines"]
     assert process.returncode == 0 and engine["command"][0] == os.path.abspath(named)
+
+
+def test_a_network_against_its_copy_is_two_models(board, dense, tmp_path):
+    copy = tmp_path / "copy.onnx"
+    copy.write_bytes(dense.read_bytes())
+    raw = bench(board, dense, copy, dense)
+    assert [a["name"] for a in raw["artifacts"]] == [dense.name, "copy.onnx"] and len({a["sha256"] for a in raw["artifacts"]}) == 1
+    assert {w["artifact"] for w in raw["windows"] if w["kind"] == "load"} == {0, 1}
+
+
+def test_an_output_that_is_no_file_is_refused_before_anything_is_measured(board, dense, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for out in (tmp_path, tmp_path / "pipe", "/dev/full", tmp_path / "nowhere" / "raw.json"):
+        assert "-o" in refusal(board, dense, "-o", out)
+    (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
+    call(board, "bench", dense, *HASTE, "-o", tmp_path / "link.json").communicate(timeout=60)
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "real.json").read_text())["schema"] == 1
+
+
+def test_a_cache_that_cannot_be_written_is_a_sentence(board, dense, tmp_path):
+    """A root's cache from a container, a read-only home; here a file stands in the way, which stops root too."""
+    (tmp_path / "file").write_text("")
+    process = subprocess.Popen(
+        [PYTHON, str(AGENT), "bench", *map(str, HASTE), str(dense)],
+        env={**os.environ, **board.env, "XDG_CACHE_HOME": str(tmp_path / "file")}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "cannot be written by this user" in process.communicate(timeout=60)[1] and process.returncode == 5
 
 
 def test_output_file_is_whole_or_not_there(board, dense, tmp_path):
