@@ -28,7 +28,7 @@ def recalibrate_(model: nn.Module, batches: Iterable[Tensor]) -> int:
         with evaluating(model), torch.no_grad():
             for m in norms:
                 m.reset_running_stats()
-                hooks.append(m.register_forward_pre_hook(counters[m]))
+                hooks.append(m.register_forward_pre_hook(counters[m], with_kwargs=True))
                 m.train()
             for x in batches:
                 if len(x) > 1:  # one image has no variance where a map is one pixel
@@ -50,6 +50,7 @@ class _Cumulative:
     def __init__(self) -> None:
         self.seen = 0
 
-    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        self.seen += len(inputs[0])
-        norm.momentum = len(inputs[0]) / self.seen
+    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        images = len(inputs[0] if inputs else named["input"])
+        self.seen += images
+        norm.momentum = images / self.seen

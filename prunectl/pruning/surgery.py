@@ -12,12 +12,14 @@ only `get_pruning_group(...).prune()` is used."""
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from prunectl.errors import Unsatisfiable, UsageError
 
@@ -25,7 +27,7 @@ Dropped = Mapping[str, Sequence[int]]
 Dense = nn.Conv2d | nn.Linear
 Norm = nn.modules.batchnorm._BatchNorm
 PerChannel = Norm | nn.modules.instancenorm._InstanceNorm | nn.PReLU
-_Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._OutputOp  # torch-pruning's stand-ins
+_Function = tp.ops._ElementWiseOp | tp.ops._ConcatOp | tp.ops._ReshapeOp | tp.ops._ExpandOp | tp.ops._OutputOp  # torch-pruning's stand-ins
 _TRACER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError)  # torch-pruning has none of its own
 _ACTIVATIONS = (
     *("Relu", "LeakyRelu", "Prelu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Mish", "Elu", "Celu", "Rrelu"),
@@ -123,7 +125,8 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
             late.add(names[module])
     plain = {g.name for g in groups if _is_plain(graph, g, twin)}
     trial, free = _with_random_weights(model), [g for g in groups if not g.locked]
-    while unsound := _unsound(trial, free, example):
+    some = {g.name: _a_third(g.channels, place) for place, g in enumerate(free)}
+    while unsound := _unsound(trial, free, some, example):
         free = [g for g in free if g.name not in unsound]
     sound = {g.name for g in free}
     reason = "without them the network computes something else than with them masked: its code fixes their number or mixes them"
@@ -278,6 +281,8 @@ def _followed(graph: tp.DependencyGraph, model: nn.Module, root: Dense) -> tuple
 
 def _obstacle(module: object, name: str) -> str | None:
     """What keeps channels from leaving one by one where they pass `module`."""
+    if isinstance(module, nn.Module) and is_parametrized(module):
+        return f"what {name} computes with is computed from other weights"
     if isinstance(module, nn.Conv2d):
         depthwise = module.groups == module.in_channels == module.out_channels
         return None if module.groups == 1 or depthwise else f"{name} is a grouped convolution ({module.groups} groups)"
@@ -323,19 +328,32 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _unsound(model: nn.Module, groups: Sequence[Group], example: Tensor) -> set[str]:
-    """Names of groups, the fewest that halving finds, without which the trial of the others succeeds."""
-    if not groups or _equals_masked(model, {g.name: _a_third(g.channels) for g in groups}, example):
+def _unsound(model: nn.Module, groups: Sequence[Group], some: Dropped, example: Tensor) -> set[str]:
+    """Names of groups that cannot lose `some` of their channels, as few as halving finds; none where all can together."""
+
+    def sound(chosen: Sequence[Group]) -> bool:
+        return _equals_masked(model, {g.name: some[g.name] for g in chosen}, example)
+
+    if not groups or sound(groups):
         return set()
     if len(groups) == 1:
         return {groups[0].name}
-    half = len(groups) // 2
-    return _unsound(model, groups[:half], example) | _unsound(model, groups[half:], example) or {g.name for g in groups}
+    first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    if alone := _unsound(model, first, some, example) | _unsound(model, second, some, example):
+        return alone
+    fits, fails = 0, len(second)  # how many of the second half go with all of the first
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        fits, fails = (middle, fails) if sound([*first, *second[:middle]]) else (fits, middle)
+    return {second[fails - 1].name}
 
 
-def _a_third(channels: int) -> list[int]:
-    """The first and the last channel, which code likes to pick, and of the others no pattern that a flip or a stride maps onto itself."""
-    return sorted({0, *range(4, channels - 1, 3), channels - 1}) if channels > 2 else []
+def _a_third(channels: int, place: int) -> list[int]:
+    """The first and the last channel, which code likes to pick, and a third of the others, other ones and one more or less for every
+    group: groups that are coupled where no trace sees it then fit each other neither in number nor in what they compute."""
+    others = range(2, channels - 1)
+    drawn = random.Random(place).sample(others, min(len(others), len(others) // 3 + place % 2))
+    return sorted({0, *drawn, channels - 1}) if channels > 2 else []
 
 
 @torch.no_grad()
@@ -355,7 +373,7 @@ def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
         return False  # what only training runs, an auxiliary head say, no longer fits
     _fill(masked, masked_state(model.state_dict(), small.index))
     for name, expected in _dense_outputs(masked, x).items():
-        if name:
+        if name and f"{name}.weight" in small.index:  # else it is computed from others, and keeps all its outputs
             weight, index = model.get_parameter(f"{name}.weight"), small.index[f"{name}.weight"]
             survivors = (index.flatten(1)[:, 0] // weight[0].numel()).to(x.device)
             expected = [y.index_select(1 if weight.dim() == 4 else -1, survivors) for y in expected]

@@ -14,7 +14,7 @@ from prunectl.pruning.budget import Budget, CostModel, meet
 from prunectl.pruning.channels import describe
 from prunectl.pruning.cost import Cost, count
 from prunectl.pruning.criteria import criteria
-from prunectl.pruning.surgery import Graph, Group, analyse
+from prunectl.pruning.surgery import Graph, Group, analyse, compact
 
 AUTO_ROUNDS = (8, 4, 2, 1)  # engines pad widths to multiples of 8; finer only where the budget needs it
 SCOPES = {"layerwise": allocate.layerwise, "global": allocate.globally}
@@ -79,12 +79,13 @@ def plan_ticket(
     criteria that look at images, see `describe`. began: group -> channels before earlier
     prunings, which floors are a share of. Raises Unsatisfiable when nothing can go or the budget cannot be met."""
     graph = analyse(model, example)
+    costs = CostModel.of(model, graph, (example.shape[1], example.shape[2], example.shape[3]))
+    graph = _priced(model, graph, costs, example)
     free = allocate.prunable(graph, keep, began=began)
     views = describe(model, graph, rho=rho, seed=seed, gradients=gradients, covariances=covariances)
     score = criteria.get(criterion)
     scores = {name: score(views[name]) for name in free}
     order = {name: s.argsort(stable=True).tolist() for name, s in scores.items()}
-    costs = CostModel.of(model, graph, (example.shape[1], example.shape[2], example.shape[3]))
     floors = {name: allocate.floor_of((began or {}).get(name, width)) for name, width in free.items()}
     dense, total = costs.predict({}), sum(free.values())
     if budget.metric == "channels":
@@ -120,6 +121,23 @@ def plan_ticket(
         budget=budget,
         graph=graph,
     )
+
+
+def _priced(model: nn.Module, graph: Graph, costs: CostModel, example: Tensor) -> Graph:
+    """The graph with those groups locked that take part in products outside of layers, of attention say: what these cost without
+    some channels is not in the arithmetic of layers."""
+
+    def off(groups: Sequence[Group]) -> bool:
+        small = compact(model, {g.name: [0] for g in groups}, example).module
+        left = count(small, (example.shape[1], example.shape[2], example.shape[3]))
+        return left != costs.predict({g.name: 1 for g in groups})
+
+    free = [g for g in graph.groups if not g.locked and g.channels > 1]
+    if not costs.other_macs or not free or not off(free):
+        return graph
+    locked = {g.name for g in free if off([g])} or {g.name for g in free}
+    reason = "the network multiplies them with one another, outside of its layers"
+    return replace(graph, groups=tuple(replace(g, locked=reason) if g.name in locked else g for g in graph.groups))
 
 
 def _unit(pooling: str, scores: Tensor, macs: int) -> float:

@@ -72,6 +72,21 @@ def test_a_short_batch_weighs_what_it_holds() -> None:
     torch.testing.assert_close(model[1].running_var, (weights[:, None] * variance).sum(0))
 
 
+def test_a_norm_may_be_called_by_keyword() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=x)
+
+    batches = [torch.rand(4, 3, 8, 8), torch.rand(2, 3, 8, 8)]
+    named, plain = Named(), nn.BatchNorm2d(3)
+    assert recalibrate_(named, batches) == recalibrate_(plain, batches) == 6
+    assert torch.equal(named.norm.running_mean, plain.running_mean)
+
+
 def test_a_norm_that_is_called_twice_averages_both() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(2)

@@ -307,6 +307,69 @@ def test_channels_that_code_mixes_are_locked_however_deep_the_network_behind_it(
     assert locked == [*(["stem.0"] if mix != "nothing" else []), "head.2"]
 
 
+class Gated(nn.Module):
+    """Two branches whose channels the code couples where autograd sees nothing, between groups that it does not."""
+
+    def __init__(self, gate: bool) -> None:
+        super().__init__()
+        self.gate = gate
+        self.convs = nn.ModuleList(nn.Conv2d(c, 16, 3, padding=1) for c in (1, 16, 16, 16, 16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second, third, fourth, last = self.convs
+        x = F.relu(first(x))
+        kept = F.relu(second(x))
+        y = F.relu(third(kept))
+        y = y * (kept > 0).to(y) if self.gate else y + kept.detach()
+        return self.head(F.relu(last(F.relu(fourth(y)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_channels_that_are_coupled_where_no_trace_sees_it_are_locked_and_no_others(gate: bool) -> None:
+    model = randomised(Gated(gate), 0)
+    graph = analyse(model, torch.zeros(1, 1, 8, 8))
+    assert {g.name: bool(g.locked) for g in graph.groups if g.name != "head"} == {f"convs.{i}": i in (1, 2) for i in range(5)}, [
+        (g.name, g.locked) for g in graph.groups
+    ]
+
+
+def test_a_gate_that_is_expanded_by_hand_locks_nothing() -> None:
+    class Excited(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.down, self.up, self.head = nn.Conv2d(1, 16, 3), nn.Linear(16, 8), nn.Linear(8, 16), nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = F.relu(self.conv(x))
+            gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+            return self.head((x * gate[:, :, None, None].expand_as(x)).mean((2, 3)))
+
+    model, x = randomised(Excited(), 0), torch.randn(2, 1, 8, 8).double()
+    graph = analyse(model, x[:1])
+    free = {g.name: [1, 2, 5] for g in graph.groups if not g.locked}
+    assert {g.channels for g in graph.groups if g.name in free} == {16, 8}
+    small, masked = compact(model, free, x[:1]), copy.deepcopy(model)
+    masked.load_state_dict(masked_state(model.state_dict(), small.index))
+    gone = torch.zeros(16, dtype=torch.bool)
+    gone[[1, 2, 5]] = True
+    masked.conv.register_forward_hook(lambda _m, _i, y: y.masked_fill(gone[None, :, None, None], 0))
+    torch.testing.assert_close(small.module(x), masked(x))
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("which", [2, 4, 7])
+def test_a_layer_whose_weight_is_computed_from_others_stays_whole(wrap, which: int) -> None:  # type: ignore[no-untyped-def]
+    layers = [nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 5)]
+    layers[which] = wrap(layers[which])
+    x = torch.zeros(1, 1, 8, 8)
+    graph = analyse(nn.Sequential(*layers).eval(), x)
+    free = {g.name for g in graph.groups if not g.locked}
+    touched = {2: {"0", "2"}, 4: {"2", "4"}, 7: {"4"}}[which]
+    assert free == {"0", "2", "4"} - touched
+    assert any("computed from other weights" in (g.locked or "") for g in graph.groups)
+
+
 def test_weights_that_are_computed_from_others_are_refused() -> None:
     model = nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *head(8))
     with pytest.warns(FutureWarning):

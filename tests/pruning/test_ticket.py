@@ -70,6 +70,26 @@ def test_a_network_that_is_not_its_plans_is_refused() -> None:
         check_against_plan(replace(plan, dropped={}, cost=plan.dense), model, SHAPE)
 
 
+def test_channels_that_are_multiplied_outside_of_layers_stay_and_the_others_meet_the_budget() -> None:
+    """What single-head attention costs is not in the arithmetic of layers."""
+
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(1, 32, 4, 4), nn.Linear(32, 5)
+            self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            t = self.stem(x).relu().flatten(2).transpose(1, 2)
+            seen = nn.functional.scaled_dot_product_attention(self.q(t), self.k(t), self.v(t), scale=32**-0.5)
+            return self.head(self.o(seen).relu().mean(1))
+
+    model, example = Attending(), torch.zeros(1, 1, 16, 16)
+    plan = plan_ticket(model, example, budget=Budget("channels", 0.4), criterion="l2")
+    check_against_plan(plan, compact(model, plan.dropped, example).module, (1, 16, 16))
+    assert set(plan.widths) == {"stem", "o"} and "outside of its layers" in plan.kept["v"]
+
+
 def test_two_prunings_in_turn_are_the_one_that_they_compose_to() -> None:
     """Pruning what was pruned, and pruning once by the composed plan, leave the same network."""
     model = network("resnet8").eval()
