@@ -3,10 +3,11 @@
 Every reader of a group (a convolution or a linear layer) is given the mix of surviving inputs that is nearest, in the
 least-squares sense over images and positions, to the inputs it loses: x_R ~ M x_S with M = C_RS (C_SS + ridge)^-1, so
 W[:, S] += W[:, R] M. Where batch norm follows the reader, its re-calibration absorbs the mean that is lost; elsewhere the
-reader's bias takes it. One forward pass gives all covariances; no label, no gradient. Unlike `merge` it asks nothing of the
-path between producer and reader, so residual streams and concatenations are served too. The reconstruction of He et al.
-(ICCV 2017) solves for whole kernels layer by layer; here one mix serves all kernel positions, which is exact where the lost
-channel is such a mix, and costs one solve of as many unknowns as there are channels, or images where these are fewer."""
+reader's bias takes it, and where there is neither, the mix is fitted to the inputs with their means (C + m m'). One
+forward pass gives all covariances; no label, no gradient. Unlike `merge` it asks nothing of the path between producer
+and reader, so residual streams and concatenations are served too. The reconstruction of He et al. (ICCV 2017) solves
+for whole kernels layer by layer; here one mix serves all kernel positions, which is exact where the lost channel is
+such a mix, and costs one solve of as many unknowns as there are channels, or images where these are fewer."""
 
 from __future__ import annotations
 
@@ -29,22 +30,26 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
     lost = _lost_inputs(model, graph, dropped)
     moments = {name: Moments(1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1) for name in lost}
     seen = watch(model, {name: m.add for name, m in moments.items()}, batches)
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     for name, gone in lost.items():
+        layer, mean = model.get_submodule(name), name not in graph.norm_after
         if moments[name].count:
-            _stand_in(model.get_submodule(name), gone, moments[name], mean=name not in graph.norm_after)
+            # behind a convolution some later batch norm takes the mean, behind the addition of a residual stream say
+            nowhere = mean and getattr(layer, "bias", None) is None and (isinstance(layer, nn.Linear) or not normed)
+            _stand_in(layer, gone, moments[name], mean=mean, centred=not nowhere)
     return seen
 
 
-def _mixed(moments: Moments, weight: Tensor, kept: Tensor, lost: Tensor) -> Tensor:
-    """(O, S, ...): weight (O, R, ...) of the lost inputs, given to the kept ones."""
+def _mixed(moments: Moments, weight: Tensor, kept: Tensor, lost: Tensor, *, centred: bool) -> Tensor:
+    """(O, S, ...): weight (O, R, ...) of the lost inputs, given to the kept ones. centred: fitted to inputs less their means."""
     if moments.products is None:
-        x = torch.cat(moments.rows).double() - moments.centre
+        x = torch.cat(moments.rows).double() + (-moments.centre if centred else moments.shift)
         s, r = x[:, kept], x[:, lost]
         ridge = RIDGE * s.square().mean().clamp(min=_TINY) * moments.count
         system = s @ s.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
         answers = torch.linalg.solve(system, torch.einsum("or...,nr->no...", weight, r).flatten(1))
         return torch.einsum("no...,ns->os...", answers.view(len(x), weight.shape[0], *weight.shape[2:]), s)
-    covariance = moments.covariance
+    covariance = moments.covariance + (0.0 if centred else torch.outer(moments.mean, moments.mean))
     within = covariance[kept][:, kept]
     ridge = RIDGE * within.diagonal().mean().clamp(min=_TINY)
     system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)
@@ -53,8 +58,8 @@ def _mixed(moments: Moments, weight: Tensor, kept: Tensor, lost: Tensor) -> Tens
 
 
 @torch.no_grad()
-def _stand_in(layer: nn.Module, gone: list[int], moments: Moments, *, mean: bool) -> None:
-    """mean: the layer's bias, if it has one, takes what the lost inputs' means are no longer there to give."""
+def _stand_in(layer: nn.Module, gone: list[int], moments: Moments, *, mean: bool, centred: bool) -> None:
+    """mean: the layer's bias, if it has one, takes what the lost inputs' means are no longer there to give. centred: see `_mixed`."""
     assert isinstance(layer, nn.Conv2d | nn.Linear)
     weight, device = layer.weight.data, moments.sum.device
     stays = torch.ones(weight.shape[1], dtype=torch.bool, device=device)
@@ -64,7 +69,7 @@ def _stand_in(layer: nn.Module, gone: list[int], moments: Moments, *, mean: bool
     with torch.autocast(device.type, enabled=False):
         old = weight[:, lost].double()
         try:
-            new = _mixed(moments, old, kept, lost)
+            new = _mixed(moments, old, kept, lost, centred=centred)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # activations that hardly vary at all
             return
         if not new.isfinite().all():

@@ -98,21 +98,23 @@ def test_readers_come_nearer_to_what_they_computed(name: str) -> None:
     assert repaired.norm() <= plain.norm() * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("rows", [200, 40], ids=["more rows than channels", "fewer"])
-def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int) -> None:
+def test_the_mix_is_the_ridge_solution_whichever_is_smaller(rows: int, centred: bool) -> None:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(rows, 60, generator=draw, dtype=torch.float64) @ torch.randn(60, 60, generator=draw, dtype=torch.float64) + 5
     weight = torch.randn(7, 60, generator=draw, dtype=torch.float64)
     moments, lost, kept = Moments(-1), torch.arange(20), torch.arange(20, 60)
     for part in x.split(16):
         moments.add(part)
-    centred = x - x.mean(0)
-    covariance = centred.T @ centred / rows
+    about = x - x.mean(0)
+    covariance = about.T @ about / rows
+    assert torch.allclose(moments.mean, x.mean(0)) and torch.allclose(moments.covariance, covariance, rtol=1e-6)
+    covariance = covariance if centred else x.T @ x / rows
     within = covariance[kept][:, kept]
     system = within + RIDGE * within.diagonal().mean() * torch.eye(40, dtype=torch.float64)
     expected = weight[:, lost] @ covariance[lost][:, kept] @ torch.linalg.inv(system)
-    assert torch.allclose(_mixed(moments, weight[:, lost], kept, lost), expected, rtol=1e-6, atol=1e-8)
-    assert torch.allclose(moments.mean, x.mean(0)) and torch.allclose(moments.covariance, covariance, rtol=1e-6)
+    assert torch.allclose(_mixed(moments, weight[:, lost], kept, lost, centred=centred), expected, rtol=1e-6, atol=1e-8)
 
 
 def test_half_precision_forward_passes_leave_the_mix_exact() -> None:
@@ -133,6 +135,22 @@ def test_half_precision_forward_passes_leave_the_mix_exact() -> None:
         with torch.no_grad():
             errors.append(float((compact(rebuilt, dropped, x[:1]).module(unseen) - model(unseen)).std()))
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_head_keeps_its_level_with_a_bias_or_without(bias: bool, norm: bool) -> None:
+    """Half of what a head reads goes; what is left of its answers' mean error is small beside what is left of the rest."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 32, 3, bias=bias), *([nn.BatchNorm2d(32)] if norm else []), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(32, 5, bias=bias)).double().eval()
+    x, unseen = torch.rand(256, 1, 8, 8).double(), torch.rand(256, 1, 8, 8).double()
+    graph, expected = analyse(model, x[:1]), model(unseen)
+    (group,) = (g for g in graph.groups if not g.locked)
+    dropped = {group.name: list(range(16))}
+    reconstruct_(model, graph, dropped, [x])
+    error = compact(model, dropped, x[:1]).module(unseen) - expected
+    assert error.mean(0).abs().max() < 0.01 * expected.abs().mean()  # fitted to centred inputs, a head without a bias is off by a tenth
 
 
 def test_where_no_norm_follows_the_bias_takes_the_lost_means() -> None:
