@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,10 +104,10 @@ def plan_ticket(
 
     rounds = AUTO_ROUNDS if round_to is None else (round_to,)
     dropped, used = meet(allocation, order, share, budget=budget, rounds=rounds, floors=floors)
-    try:
-        unrounded, _ = meet(allocation, order, share, budget=budget, rounds=(1,), floors=floors)
-    except Unsatisfiable:
-        unrounded = dropped
+    unrounded = dropped
+    if used > 1:
+        with contextlib.suppress(Unsatisfiable):
+            unrounded, _ = meet(allocation, order, share, budget=budget, rounds=(1,), floors=floors)
     furthest = allocation(1.0, rounds[-1])
     return TicketPlan(
         dropped={name: channels for name, channels in dropped.items() if channels},

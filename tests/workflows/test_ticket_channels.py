@@ -34,7 +34,7 @@ def test_drawn_in_steps_the_ticket_meets_its_budget_and_replays_as_one(tmp_path)
     assert {k: v.shape for k, v in at_once.state_dict().items()} == {k: v.shape for k, v in package.load(run).state_dict().items()}
 
 
-@pytest.mark.parametrize("round_to", ["8", "auto"])
+@pytest.mark.parametrize("round_to", ["8", pytest.param("auto", marks=pytest.mark.slow)])
 def test_draws_on_the_way_need_only_come_near(tmp_path, round_to):
     """In multiples of 8 no 16 % of these channels can go, which the first of four draws to half would take; half can."""
     draws = ("--sparsity", "0.5", "--round-to", round_to, "--set", "ticket.draws=4", "--set", "model.width=1")
@@ -46,7 +46,7 @@ def test_draws_on_the_way_need_only_come_near(tmp_path, round_to):
     assert all(after % 8 == 0 for _, after in ticket["widths"].values())
 
 
-@pytest.mark.parametrize(("sparsity", "draws"), [("0.5", 9), ("0.06", 4), ("0.66", 9)])
+@pytest.mark.parametrize(("sparsity", "draws"), [pytest.param("0.5", 9, marks=pytest.mark.slow), ("0.06", 4), ("0.66", 9)])
 def test_many_draws_meet_what_one_draw_meets(tmp_path, sparsity, draws):
     """Draws whose share cannot be had are left to the next, and none takes what the last one is for."""
     when = ("--detector", "epoch:1", "--epochs", "4", "--set", "ticket.draw_every=0.25", "--set", "ticket.probes_per_epoch=4")
