@@ -145,7 +145,7 @@ class Ticket(_Section):
     @model_validator(mode="before")
     @classmethod
     def _in_time(cls, value: Any) -> Any:
-        """Who names a detector or its threshold gets its word alone; who names neither gets a ticket early."""
+        """Who names another detector or a threshold gets its word alone; who names neither gets a ticket early."""
         if not isinstance(value, Mapping) or value.get("latest") is not None:
             return value
         own = canonical(str(value.get("detector", "spline"))) == "spline" and value.get("eps") is None and value.get("window") is None
