@@ -11,7 +11,6 @@ only `get_pruning_group(...).prune()` is used."""
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from prunectl.errors import Unsatisfiable, UsageError
+from prunectl.pruning.copying import copied
 
 Dropped = Mapping[str, Sequence[int]]
 Dense = nn.Conv2d | nn.Linear
@@ -110,7 +110,7 @@ def analyse(model: nn.Module, example: Tensor) -> Graph:
     training runs, which a trace cannot see, locks the groups that it touches.
     Raises Unsatisfiable when the network cannot be traced."""
     try:
-        twin = copy.deepcopy(model).eval()
+        twin = copied(model).eval()
     except RuntimeError as error:  # weights that are computed from others, as torch.nn.utils.weight_norm does it
         raise Unsatisfiable(f"this {type(model).__name__} cannot be copied, so no smaller one can be made of it: {error}") from error
     graph = _trace(twin, example)
@@ -139,7 +139,7 @@ def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
 
     dropped: group name -> channel numbers to remove. Raises UsageError for an unknown or locked group, two names of one
     group, a number out of range or given twice, and for a group that would lose all its channels."""
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     graph = _trace(twin, example)
     layers = dict(twin.named_modules(remove_duplicate=False))
     widths = {name: layer.weight.shape[0] for name, layer in layers.items() if isinstance(layer, Dense)}
@@ -310,7 +310,7 @@ def _with_random_weights(model: nn.Module) -> nn.Module:
     """A copy in eval mode whose every weight and batch-norm statistic counts: no zero scales, no idle biases.
 
     Each layer damps its input, so that in a deep residual network neither activations nor rounding errors blow up."""
-    twin = copy.deepcopy(model).eval()
+    twin = copied(model).eval()
     for module in twin.modules():
         if isinstance(module, nn.LocalResponseNorm):
             module.alpha = 1.0  # else what its neighbours do to a channel is lost in rounding
@@ -363,13 +363,13 @@ def _equals_masked(model: nn.Module, dropped: Dropped, example: Tensor) -> bool:
     Every dense layer's surviving outputs are compared, each at its own scale: on the way to the logits a difference fades."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     x = torch.rand((2, *example.shape[1:]), generator=torch.Generator().manual_seed(0)).to(like)
-    masked = copy.deepcopy(model)
+    masked = copied(model)
     try:
         small = compact(model, dropped, example)
         got = _dense_outputs(small.module, x)
     except (*_TRACER_ERRORS, RuntimeError, UsageError, Unsatisfiable):
         return False
-    if not _trains(small.module, x) and _trains(copy.deepcopy(model), x):
+    if not _trains(small.module, x) and _trains(copied(model), x):
         return False  # what only training runs, an auxiliary head say, no longer fits
     _fill(masked, masked_state(model.state_dict(), small.index))
     for name, expected in _dense_outputs(masked, x).items():

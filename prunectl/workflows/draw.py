@@ -5,7 +5,6 @@ recorded is the whole way from the dense network."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from prunectl.console import si
 from prunectl.errors import Unsatisfiable
 from prunectl.pruning import cost
 from prunectl.pruning.budget import Budget
+from prunectl.pruning.copying import copied
 from prunectl.pruning.merge import merge_
 from prunectl.pruning.moments import covariances
 from prunectl.pruning.recalibrate import recalibrate_
@@ -191,7 +191,7 @@ def _widths(before: dict[str, Any] | None, plan: TicketPlan) -> dict[str, list[i
 
 def _repaired(session: Session, settings: Ticket, plan: TicketPlan) -> nn.Module:
     """A copy of the dense network whose surviving channels stand in for those that will go."""
-    source = copy.deepcopy(session.state.model)
+    source = copied(session.state.model)
     if settings.repair == "merge":
         merge_(source, plan.graph, plan.dropped, rho=settings.rho)
     elif settings.repair == "reconstruct":

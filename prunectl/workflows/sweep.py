@@ -5,7 +5,6 @@ training images without augmentation; accuracies without and with that stand sid
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from prunectl.errors import Unsatisfiable, VerificationFailed
 from prunectl.pruning import allocate, cost, oneshot
 from prunectl.pruning.budget import CostModel
 from prunectl.pruning.channels import describe
+from prunectl.pruning.copying import copied
 from prunectl.pruning.recalibrate import recalibrate_
 from prunectl.pruning.reconstruct import reconstruct_
 from prunectl.pruning.surgery import Graph, analyse, compact
@@ -41,7 +41,7 @@ def require_share(model: nn.Module, share: float, settings: Sfw) -> None:
 def pruned(model: nn.Module, share: float, settings: Sfw) -> nn.Module:
     """A copy of `model` with exactly the share `share` of its ranked entries at zero. Raises Unsatisfiable."""
     require_share(model, share, settings)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     prune_ = oneshot.prune_global_ if settings.pooling == "global" else oneshot.prune_layerwise_
     prune_(twin, share, scope=settings.scope)
     return twin
@@ -49,7 +49,7 @@ def pruned(model: nn.Module, share: float, settings: Sfw) -> nn.Module:
 
 def pruned_nm(model: nn.Module, n: int, m: int) -> nn.Module:
     """A copy of `model` with at most n of every m consecutive input channels not zero, wherever that fits."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     oneshot.prune_nm_(twin, n, m)
     return twin
 
@@ -94,7 +94,7 @@ def channel_tickets(session: Session, model: nn.Module, settings: Sfw) -> list[d
     for share in session.ui.track(settings.channels, total=len(settings.channels), label="channels removed"):
         dropped = smallest_channels(scores, share)
         small = compact(model, dropped, session.example()).module
-        repaired = copy.deepcopy(model)
+        repaired = copied(model)
         few = session.data.eval_batches("train", batch_size=REPAIR_BATCH, limit=REPAIR_IMAGES)
         with session.place.autocast():
             reconstruct_(repaired, graph, dropped, (session.place.images(x) for x, _ in few))

@@ -607,6 +607,21 @@ def test_a_network_that_keeps_its_activations_can_be_counted_and_cut_again() -> 
     assert compact(small, {"stem": [0]}, example).module.stem.out_channels == 13
 
 
+def test_a_network_that_keeps_activations_of_training_only_can_be_cut_after_training() -> None:
+    class Hinting(Keeping):
+        def forward(self, x):
+            if not self.training:
+                return self.out(F.relu(self.stem(x)).mean((2, 3)))
+            return super().forward(x)
+
+    model, example = Hinting(), torch.zeros(1, 3, 12, 12)
+    model(torch.rand(4, 3, 12, 12)).sum().backward()
+    assert [g.locked for g in analyse(model, example).groups if g.name == "stem"] == [None]
+    small = compact(model, {"stem": [0, 1]}, example).module
+    assert small.stem.out_channels == 14 and not small.kept["x"].requires_grad
+    assert torch.equal(small.kept["x"], model.kept["x"]) and model.kept["x"].requires_grad
+
+
 def test_only_rectified_channels_merge() -> None:
     """A unit of constant output gives its readers relu(bias), and nothing gives it to them without a ReLU."""
     straight = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5))
