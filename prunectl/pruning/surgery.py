@@ -143,6 +143,7 @@ def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
     graph = _trace(twin, example)
     layers = dict(twin.named_modules(remove_duplicate=False))
     widths = {name: layer.weight.shape[0] for name, layer in layers.items() if isinstance(layer, Dense)}
+    names = _names(twin)
     _number_entries(twin)
     for name, channels in dropped.items():
         if len(channels) == 0:
@@ -150,7 +151,7 @@ def compact(model: nn.Module, dropped: Dropped, example: Tensor) -> Compacted:
         layer = layers.get(name)
         if not isinstance(layer, Dense):
             raise UsageError(f"the plan drops channels of '{name}', which is no convolution or linear layer of this network")
-        if reason := _followed(graph, twin, layer)[1]:
+        if reason := _followed(graph, names, layer)[1]:
             raise UsageError(f"the plan drops channels of '{name}', which cannot go: {reason}")
         if layer.weight.shape[0] != widths[name]:
             raise UsageError(f"the plan drops channels of '{name}' twice: another group that it names is coupled to it")
@@ -219,7 +220,7 @@ def _groups(graph: tp.DependencyGraph, model: nn.Module) -> list[Group]:
 
     Narrow layers go first: where a concatenation is added to a wide layer, the wide one's channels fall into the groups
     of the narrow ones."""
-    names = {module: name for name, module in model.named_modules()}
+    names = _names(model)
     order = {name: i for i, name in enumerate(names.values())}
     roots = sorted((m for m in graph.module2node if isinstance(m, Dense) and m in names), key=lambda m: m.weight.shape[0])
     groups: list[Group] = []
@@ -233,9 +234,9 @@ def _groups(graph: tp.DependencyGraph, model: nn.Module) -> list[Group]:
     return sorted(groups, key=lambda g: order[g.name])
 
 
-def _group(graph: tp.DependencyGraph, root: Dense, names: Mapping[nn.Module, str], model: nn.Module) -> Group:
+def _group(graph: tp.DependencyGraph, root: Dense, names: Mapping[object, str], model: nn.Module) -> Group:
     name, channels = names[root], root.weight.shape[0]
-    followed, reason = _followed(graph, model, root)
+    followed, reason = _followed(graph, names, root)
     if reason:
         return Group(name, channels, followed, reason)
     members = []
@@ -251,13 +252,17 @@ def _group(graph: tp.DependencyGraph, root: Dense, names: Mapping[nn.Module, str
     return Group(name, channels, tuple(members), locked)
 
 
-def _followed(graph: tp.DependencyGraph, model: nn.Module, root: Dense) -> tuple[tuple[Member, ...], str | None]:
+def _names(model: nn.Module) -> dict[object, str]:
+    """The name of every module and every parameter."""
+    modules: dict[object, str] = {module: name for name, module in model.named_modules()}
+    return modules | {p: name for name, p in model.named_parameters()}
+
+
+def _followed(graph: tp.DependencyGraph, names: Mapping[object, str], root: Dense) -> tuple[tuple[Member, ...], str | None]:
     """Layers that `root`'s output channels run through, whatever their numbers, and why the channels cannot go, or None.
 
     Asked before torch-pruning numbers the channels, because behind a split or a window partition that does not end.
     A concatenation that is entered from one of its inputs is not left through the others."""
-    names: dict[object, str] = {module: name for name, module in model.named_modules()}
-    names.update({p: name for name, p in model.named_parameters()})
     todo = [(graph.module2node[root], _out_pruner(graph, root), False)]
     seen = set(todo)
     members: dict[tuple[str, bool], Member] = {}
