@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunectl.pruning.modes import evaluating
-from prunectl.pruning.surgery import Dense, Graph, Group, Member
+from prunectl.pruning.surgery import Dense, Graph, Group, Member, Norm
 
 
 class Moments:
@@ -66,6 +66,12 @@ class Moments:
         centre = self.centre.view(-1, len(self.products))
         return (self.products / self.count - centre.T @ centre) / len(centre)
 
+    @property
+    def about_zero(self) -> Tensor:
+        """(C, C) float64, as `covariance`, of inputs with their means."""
+        means = self.mean.view(-1, self.mean.shape[-1])
+        return self.covariance + means.T @ means / len(means)
+
 
 def readers(model: nn.Module, group: Group) -> list[tuple[Member, nn.Conv2d | nn.Linear]]:
     """The dense layers that read the group's channels, one entry for each place that they are read at."""
@@ -73,31 +79,42 @@ def readers(model: nn.Module, group: Group) -> list[tuple[Member, nn.Conv2d | nn
     return [(m, layer) for m, layer in layers if isinstance(layer, Dense)]
 
 
+def means_return(model: nn.Module, graph: Graph, layer: str) -> bool:
+    """Whether the mean that a reader loses with its inputs can come back: through its own bias, or a batch norm behind it.
+
+    Behind a convolution that may be a later one, behind the addition of a residual stream say."""
+    module = model.get_submodule(layer)
+    later = isinstance(module, nn.Conv2d) and any(isinstance(m, Norm) for m in model.modules())
+    return layer in graph.norm_after or getattr(module, "bias", None) is not None or later
+
+
 def covariances(model: nn.Module, graph: Graph, batches: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Unlocked group -> for each of its `readers`, (C, C) float64: how the channels vary together where they are read.
+    """Unlocked group -> for each of its `readers`, (C, C) float64: how the channels vary together where they are read, about their
+    means, or about zero where no mean that is lost returns.
 
     batches: inputs (N, C, H, W) of the network, which runs in eval mode. The inputs of one channel, where a flatten made
-    several of it, are pooled, each about its own mean. A reader that never runs reads independent channels."""
+    several of it, are pooled, each about its own. A reader that never runs reads independent channels."""
     found: dict[str, list[_Pooled]] = {}
     feeds: dict[str, list[_Pooled]] = {}
     for group in graph.groups:
         if not group.locked:
             found[group.name] = [
-                _Pooled(m, 1 if isinstance(layer, nn.Conv2d) else -1, group.channels) for m, layer in readers(model, group)
+                _Pooled(m, 1 if isinstance(layer, nn.Conv2d) else -1, group.channels, centred=means_return(model, graph, m.layer))
+                for m, layer in readers(model, group)
             ]
             for pooled in found[group.name]:
                 feeds.setdefault(pooled.layer, []).append(pooled)
     watch(model, {name: partial(_each, pooled) for name, pooled in feeds.items()}, batches)
     feeds.clear()
-    return {name: [p.covariance for p in found.pop(name)] for name in list(found)}  # sums of products are let go as they are used
+    return {name: [p.spread for p in found.pop(name)] for name in list(found)}  # sums of products are let go as they are used
 
 
 class _Pooled(Moments):
     """Of a group's channels in what one layer is given, over images and positions."""
 
-    def __init__(self, member: Member, dim: int, channels: int) -> None:
+    def __init__(self, member: Member, dim: int, channels: int, *, centred: bool) -> None:
         super().__init__(dim)
-        self.layer, self.channels = member.layer, channels
+        self.layer, self.channels, self.centred = member.layer, channels, centred
         self.order = torch.tensor([i for _, i in sorted(zip(member.root, member.index, strict=True))])
 
     def add(self, x: Tensor) -> None:
@@ -105,8 +122,10 @@ class _Pooled(Moments):
         self.add_rows(rows.unflatten(-1, (self.channels, -1)).transpose(1, 2))
 
     @property
-    def covariance(self) -> Tensor:
-        return super().covariance if self.count else torch.eye(self.channels, dtype=torch.float64)
+    def spread(self) -> Tensor:
+        if not self.count:
+            return torch.eye(self.channels, dtype=torch.float64)
+        return self.covariance if self.centred else self.about_zero
 
 
 def watch(model: nn.Module, see: Mapping[str, Callable[[Tensor], None]], batches: Iterable[Tensor]) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunectl.pruning.moments import Moments, watch
+from prunectl.pruning.moments import Moments, means_return, watch
 from prunectl.pruning.surgeon import RIDGE
 from prunectl.pruning.surgery import Graph
 
@@ -30,13 +30,10 @@ def reconstruct_(model: nn.Module, graph: Graph, dropped: Mapping[str, Sequence[
     lost = _lost_inputs(model, graph, dropped)
     moments = {name: Moments(1 if isinstance(model.get_submodule(name), nn.Conv2d) else -1) for name in lost}
     seen = watch(model, {name: m.add for name, m in moments.items()}, batches)
-    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     for name, gone in lost.items():
-        layer, mean = model.get_submodule(name), name not in graph.norm_after
         if moments[name].count:
-            # behind a convolution some later batch norm takes the mean, behind the addition of a residual stream say
-            nowhere = mean and getattr(layer, "bias", None) is None and (isinstance(layer, nn.Linear) or not normed)
-            _stand_in(layer, gone, moments[name], mean=mean, centred=not nowhere)
+            mean, centred = name not in graph.norm_after, means_return(model, graph, name)
+            _stand_in(model.get_submodule(name), gone, moments[name], mean=mean, centred=centred)
     return seen
 
 
@@ -49,7 +46,7 @@ def _mixed(moments: Moments, weight: Tensor, kept: Tensor, lost: Tensor, *, cent
         system = s @ s.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device)
         answers = torch.linalg.solve(system, torch.einsum("or...,nr->no...", weight, r).flatten(1))
         return torch.einsum("no...,ns->os...", answers.view(len(x), weight.shape[0], *weight.shape[2:]), s)
-    covariance = moments.covariance + (0.0 if centred else torch.outer(moments.mean, moments.mean))
+    covariance = moments.covariance if centred else moments.about_zero
     within = covariance[kept][:, kept]
     ridge = RIDGE * within.diagonal().mean().clamp(min=_TINY)
     system = within + ridge * torch.eye(len(kept), dtype=within.dtype, device=within.device)

@@ -125,6 +125,29 @@ def test_behind_a_flatten_the_inputs_of_a_channel_are_pooled_each_about_its_own_
     assert torch.allclose(covariances(model, analyse(model, x[:1]), x.split(4))["0"][0], expected)
 
 
+@pytest.mark.parametrize("images_seen", [6, 120], ids=["fewer rows than channels", "more"])
+def test_a_reader_that_gets_no_lost_mean_back_is_measured_about_zero(images_seen: int) -> None:
+    """A channel that never varies is dear to a head without a bias, and costs nothing where there is one."""
+    model, x = (
+        randomised(nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(20, 5))),
+        images(images_seen),
+    )
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0, 2.0
+        seen = model[:4](x)
+
+    def measured() -> tuple[Tensor, Tensor]:
+        graph = analyse(model, x[:1])
+        found = covariances(model, graph, x.split(4))
+        return found["0"][0], removal_errors(list(describe(model, graph, covariances=found)["0"].readers or ()))
+
+    with_bias, errors = measured()
+    assert torch.allclose(with_bias, torch.cov(seen.T, correction=0)) and errors[0] < 1e-3 * errors.max()
+    model[4].bias = None
+    without, errors = measured()
+    assert torch.allclose(without, seen.T @ seen / len(seen)) and errors.argmax() == 0
+
+
 @pytest.mark.parametrize("rows", [4, 40], ids=["fewer than channels", "more"])
 def test_columns_of_a_channel_are_pooled_whether_rows_or_products_are_kept(rows: int) -> None:
     x = torch.randn(rows, 3, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + torch.arange(3)[:, None]
