@@ -40,6 +40,7 @@ def test_a_changed_cell_is_noticed(tmp_path: Path) -> None:
 QUOTED = [
     ("tickets.md", "## wider: resnet18, width 0.5, test", "| fifth-flip |", ["91.69 ± 0.08", "-0.34 ± 0.10", "0.199", "472.1 k"]),
     ("tickets.md", "## wider: resnet18, width 0.5, test", "| dense |", ["92.03 ± 0.18", "2797.0 k"]),
+    ("tickets.md", "## full: resnet18, width 1, test", "| default-50 |", ["94.29"]),
     ("export.md", "## Channels removed", "| prunectl, half of every layer |", ["3.89 x", "3.48 x"]),
     ("sfw.md", "## wide: resnet18, width 0.25, test, batch norm", "| default |", ["90.58", "91.30"]),
     ("sfw.md", "## wide: resnet18, width 0.25, test, batch norm", "| k-support |", ["81.52"]),
