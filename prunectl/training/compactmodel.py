@@ -5,7 +5,6 @@ numbering of the network before that step; replayed, it gives the same module, a
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from prunectl import models
 from prunectl.errors import CorruptFile, UnknownName, UsageError, VerificationFailed
 from prunectl.files import sha256, write_json
 from prunectl.pruning import cost
+from prunectl.pruning.copying import copied
 from prunectl.pruning.modes import evaluating
 from prunectl.pruning.surgery import replay
 from prunectl.training.checkpoint import read_tensors, write_tensors
@@ -142,7 +142,7 @@ def write(
     back = CompactModel(folder, plan).module()
     if cost.count(back, shape) != counted or any(not torch.equal(t, state[k].cpu()) for k, t in back.state_dict().items()):
         raise VerificationFailed(f"{folder}: the network rebuilt from its plan is not the one that was saved")
-    trained = copy.deepcopy(model).cpu()
+    trained = copied(model).cpu()
     trained.load_state_dict(state)
     plan["answer"] = answer(back, shape)
     if not _same(plan["answer"], answer(trained, shape)):

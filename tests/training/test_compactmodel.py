@@ -50,6 +50,13 @@ def test_what_was_saved_comes_back(saved):
         assert torch.equal(net.eval()(x), back(x))
 
 
+def test_a_network_with_an_activation_of_its_last_training_pass_is_saved(tmp_path):
+    net = models.build(**ARGUMENTS)
+    net.kept = {"last": [net(torch.rand(2, 1, 28, 28))]}
+    compactmodel.write(tmp_path, net, arguments=ARGUMENTS, steps=[], data=INFO, parent="")
+    assert all(torch.equal(t, net.state_dict()[k]) for k, t in compactmodel.load(tmp_path).state_dict().items())
+
+
 def test_the_plan_counts_what_is_there(saved):
     net, folder = saved
     plan = compactmodel.read(folder).plan
