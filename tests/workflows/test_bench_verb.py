@@ -311,6 +311,7 @@ def test_what_cannot_be_is_said_before_anything_is_exported(run, tmp_path):
     assert sorted(run.resolve().rglob("*")) == before and (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_read_only(run, trained, tmp_path):
     """Really read-only, for root too: samples, and files that the run has not yet, go to --out."""
     place = run.resolve()

@@ -81,7 +81,7 @@ class _Impatient(Console):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("verb", "epoch"), [("train", 2), ("find-ticket", 1), ("find-ticket", EPOCHS)])
+@pytest.mark.parametrize(("verb", "epoch"), [("train", 2), ("find-ticket", 1), pytest.param("find-ticket", EPOCHS, marks=pytest.mark.slow)])
 def test_interrupted_at_an_epochs_end(verb, epoch, undisturbed, tmp_path):
     recipe = resolve(verb, model="resnet8", dataset="fashion-mini", sets=SETTINGS[verb])
     ui = _Impatient()

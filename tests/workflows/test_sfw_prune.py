@@ -188,7 +188,7 @@ def test_fading_takes_norm_from_what_will_be_removed(tmp_path):
 
 
 # before the first checkpoint is whole (SFW-Init runs again), within the second epoch's files, and within the sweep's
-@pytest.mark.parametrize("write", [5, pytest.param(16, marks=pytest.mark.slow), 21])
+@pytest.mark.parametrize("write", [5, *(pytest.param(late, marks=pytest.mark.slow) for late in (16, 21))])
 def test_killed_and_resumed_is_bit_for_bit_the_same(write, nm, tmp_path):
     died = forked(*NM, "--out", tmp_path / "runs", log=tmp_path / "log", die_at_write=write)
     assert died.code == 137, died.out
