@@ -93,7 +93,7 @@ def covariances(model: nn.Module, graph: Graph, batches: Iterable[Tensor]) -> di
     means, or about zero where no mean that is lost returns.
 
     batches: inputs (N, C, H, W) of the network, which runs in eval mode. The inputs of one channel, where a flatten made
-    several of it, are pooled, each about its own. A reader that never runs reads independent channels."""
+    several of it, are pooled, each about its own mean or zero. A reader that never runs reads independent channels."""
     found: dict[str, list[_Pooled]] = {}
     feeds: dict[str, list[_Pooled]] = {}
     for group in graph.groups:
